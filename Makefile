@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up (scripts/setup: apt packages, .venv); see `make help`.
+SHELL := /bin/bash
+PY := .venv/bin/python
+export PYTHONPATH := $(CURDIR)/src
+export PYTHONDONTWRITEBYTECODE := 1
+IMAGE_DIR ?= build/image
+PYTEST_ARGS ?=
+
+.PHONY: help setup image boot test test-unit test-native test-qemu lint format proto docs bench clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup: ## Install what is missing (apt packages, .venv); every other target does it first
+	@scripts/setup
+
+image: setup ## Build the signed reference image into build/image (cached by content)
+	@$(PY) -m trustme_tools image build --out $(IMAGE_DIR) --development
+
+boot: image ## Boot a device and attach to its core container; ONCE=1 powers off after RUNNING
+	@$(PY) -m trustme_tools run $(IMAGE_DIR) $(if $(ONCE),--once)
+
+test: setup ## Run all tests: unit, native boots, virtual machines
+	@$(PY) -m pytest tests --junitxml=build/junit.xml $(PYTEST_ARGS)
+
+test-unit: setup ## Run the pure tests only (seconds)
+	@$(PY) -m pytest tests/unit $(PYTEST_ARGS)
+
+test-native: setup ## Run the boot natively in a namespace sandbox with swtpm
+	@$(PY) -m pytest tests/integration $(PYTEST_ARGS)
+
+test-qemu: setup ## Run the virtual-machine tests (IMAGE_DIR is used when it holds an image)
+	@$(PY) -m pytest tests/qemu $(if $(wildcard $(IMAGE_DIR)/manifest.json),--image-dir $(IMAGE_DIR)) $(PYTEST_ARGS)
+
+lint: setup ## ruff, mypy --strict
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: setup ## Format the code
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+proto: setup ## Regenerate the protocol messages
+	@$(PY) scripts/generate_proto.py
+
+docs: setup ## Regenerate the generated parts of docs/
+	@$(PY) scripts/generate_docs.py
+
+bench: setup ## Measure the boot path and the control interface; writes build/bench.json
+	@$(PY) scripts/bench.py --out build/bench.json
+
+clean: ## Remove what was built in the checkout (the cache outside stays)
+	rm -rf build
