@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the hardware is: the one value through which the rest of the code sees a machine.
+
+Production uses the defaults. The native test sandbox builds one with other places and adapters and runs
+the same stage table; nothing here (or behind it) can switch a check off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trustme_init.trust.verity import VerityParameters
+
+
+class BlockLayer(Protocol):
+    """Disks and their partitions as the kernel (or a test's loop devices) presents them."""
+
+    def disks(self) -> Sequence[Path]:
+        """Return the whole-disk device nodes, in a stable order."""
+        ...
+
+    def partition_device(self, disk: Path, number: int, first_byte: int, size_bytes: int) -> Path:
+        """Return the node of one partition; DeviceRefusal("partition-node-missing") if it never appears."""
+        ...
+
+    def settle(self, disk: Path) -> None:
+        """Make the kernel agree with a partition table that was just changed."""
+        ...
+
+
+class VerityDevice(Protocol):
+    """An open, verified block device; `path` can be mounted until `close`."""
+
+    @property
+    def path(self) -> Path:
+        """Block device whose every read is checked against the root hash."""
+        ...
+
+    def close(self) -> None:
+        """Give the device up as soon as its last user is gone."""
+        ...
+
+
+class VerityBackend(Protocol):
+    """What makes a verified block device of an image and its hash tree."""
+
+    def open(self, name: str, data_fd: int, hash_fd: int, parameters: VerityParameters) -> VerityDevice:
+        """Return a device for `data_fd` checked by `hash_fd`; TrustRefusal if the root does not fit."""
+        ...
+
+
+class CgroupControllers(Protocol):
+    """The resource controllers every compartment must be under."""
+
+    def enable(self, parent: Path) -> None:
+        """Delegate the controllers to the children of `parent`; CompartmentRefusal if one is missing."""
+        ...
+
+    def limit(self, group: Path, *, memory_max: int, pids_max: int) -> None:
+        """Set the limits of `group` (bytes, processes)."""
+        ...
+
+
+def _kernel_block_layer() -> BlockLayer:
+    from trustme_init.linux.block import KernelBlockLayer
+
+    return KernelBlockLayer()
+
+
+def _device_mapper() -> VerityBackend:
+    from trustme_init.compartments.verity import DeviceMapperVerity
+
+    return DeviceMapperVerity()
+
+
+def _kernel_controllers() -> CgroupControllers:
+    from trustme_init.linux.cgroup import KernelControllers
+
+    return KernelControllers()
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Places and adapters; every default is the real thing."""
+
+    sysfs: Path = Path("/sys")
+    efivars: Path = Path("/sys/firmware/efi/efivars")
+    cgroup_root: Path = Path("/sys/fs/cgroup")
+    policy: Path = Path("/etc/trustme/policy.toml")
+    console: Path = Path("/dev/console")
+    """Where stage lines and the failure screen go; written, never read."""
+    core_console: Path | None = None
+    """Terminal handed to the core container as fds 0-2 (policy `core.console` overrides the default)."""
+    run: Path = Path("/run/trustme")
+    store: Path = Path("/run/trustme/store")
+    data: Path = Path("/data")
+    tcti: str = "device:/dev/tpmrm0"
+    block: BlockLayer = field(default_factory=_kernel_block_layer)
+    verity: VerityBackend = field(default_factory=_device_mapper)
+    controllers: CgroupControllers = field(default_factory=_kernel_controllers)
+
+    @property
+    def report(self) -> Path:
+        """The boot report."""
+        return self.run / "boot.json"
+
+    @property
+    def compartments(self) -> Path:
+        """State and sockets of compartments, one directory per UUID."""
+        return self.run / "compartments"
+
+    @property
+    def log_dir(self) -> Path:
+        """The device's own logs, which GET_LAST_LOG returns, one file per log."""
+        return self.run / "log"
+
+    @property
+    def compartment_log_dir(self) -> Path:
+        """What compartments write, likewise; a file system of its own, because it is they who fill it."""
+        return self.run / "compartment-log"
