@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How replies are shown: sentences and tables, versioned JSON, or the original's protobuf text dump.
+
+Every text that came from the device is made visible first: names and log lines may be a container's.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from google.protobuf import text_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from trustme_init.control.sanitise import visible
+from trustme_init.proto.container_pb2 import ContainerState, ContainerTrust
+from trustme_init.proto.control_pb2 import DaemonToController as Reply
+
+JSON_VERSION: Final = 1
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+UNREACHABLE: Final = 3
+UNSUPPORTED: Final = 4
+UNKNOWN_CONTAINER: Final = 5
+
+EXIT_CODES: Final = f"""\
+exit codes:
+  {OK}  the device did it
+  {FAILED}  the device said that it failed
+  {USAGE}  wrong usage, or a local file that cannot be read or written
+  {UNREACHABLE}  no usable answer: not running, not permitted, timed out, hung up or malformed
+  {UNSUPPORTED}  not supported in the device's present mode, on this socket, or by this device
+  {UNKNOWN_CONTAINER}  there is no such container
+"""
+
+_SENTENCES: Final = {
+    Reply.CMD_OK: "Done.",
+    Reply.CMD_FAILED: "The device could not do it; its log says why (control retrieve_logs).",
+    Reply.CMD_UNSUPPORTED: "Not supported: not in this mode, not on this socket, or not by this device.",
+    Reply.CONTAINER_START_OK: "Start begun; `control state` tells when the container is RUNNING.",
+    Reply.CONTAINER_START_LOCK_FAILED: "Not started: its token could not be locked.",
+    Reply.CONTAINER_START_UNLOCK_FAILED: "Not started: its token could not be unlocked.",
+    Reply.CONTAINER_START_PASSWD_WRONG: "Not started: wrong PIN.",
+    Reply.CONTAINER_START_EEXIST: "Not started: unknown, or already running.",
+    Reply.CONTAINER_START_EINTERNAL: "Not started: internal error, see the device's log.",
+    Reply.CONTAINER_START_TOKEN_UNINIT: "Not started: its token is not initialised.",
+    Reply.CONTAINER_START_TOKEN_UNPAIRED: "Not started: its token is not paired yet (control change_pin).",
+    Reply.CONTAINER_STOP_OK: "Stop begun; `control state` tells when the container is STOPPED.",
+    Reply.CONTAINER_STOP_LOCK_FAILED: "Not stopped: its token could not be locked.",
+    Reply.CONTAINER_STOP_UNLOCK_FAILED: "Not stopped: its token could not be unlocked.",
+    Reply.CONTAINER_STOP_PASSWD_WRONG: "Not stopped: wrong PIN.",
+    Reply.CONTAINER_STOP_FAILED_NOT_RUNNING: "Not stopped: it is not running.",
+    Reply.CONTAINER_CTRL_EINTERNAL: "Internal error, see the device's log.",
+    Reply.CONTAINER_CHANGE_PIN_FAILED: "The PIN was not changed.",
+    Reply.CONTAINER_CHANGE_PIN_SUCCESSFUL: "The PIN was changed.",
+    Reply.CONTAINER_LOCKED_TILL_REBOOT: "Too many wrong PINs: locked until the device reboots.",
+    Reply.CONTAINER_USB_PIN_ENTRY_FAIL: "No PIN from the entry device.",
+    Reply.DEVICE_PROVISIONING_ERROR: "The device could not be provisioned.",
+    Reply.DEVICE_CERT_ERROR: "The device certificate was refused.",
+    Reply.DEVICE_CERT_OK: "The device certificate was accepted.",
+    Reply.GUESTOS_MGR_INSTALL_STARTED: "Installation started.",
+    Reply.GUESTOS_MGR_INSTALL_FAILED: "Installation failed.",
+    Reply.GUESTOS_MGR_INSTALL_WAITING: "Installation waits.",
+    Reply.GUESTOS_MGR_INSTALL_COMPLETED: "Installation completed.",
+    Reply.GUESTOS_MGR_REGISTER_CA_ERROR: "The certificate authority was refused.",
+    Reply.GUESTOS_MGR_REGISTER_CA_OK: "The certificate authority was accepted.",
+}
+
+_GOOD: Final = frozenset(
+    {
+        Reply.CMD_OK,
+        Reply.CONTAINER_START_OK,
+        Reply.CONTAINER_STOP_OK,
+        Reply.CONTAINER_CHANGE_PIN_SUCCESSFUL,
+        Reply.DEVICE_CERT_OK,
+        Reply.GUESTOS_MGR_INSTALL_STARTED,
+        Reply.GUESTOS_MGR_INSTALL_WAITING,
+        Reply.GUESTOS_MGR_INSTALL_COMPLETED,
+        Reply.GUESTOS_MGR_REGISTER_CA_OK,
+    }
+)
+
+
+def exit_code(reply: Reply) -> int:
+    """Return the exit code that a reply means."""
+    if reply.code == Reply.RESPONSE:
+        if reply.response == Reply.CMD_UNSUPPORTED:
+            return UNSUPPORTED
+        return OK if reply.response in _GOOD else FAILED
+    if reply.code == Reply.CONTAINER_CONFIG:
+        return OK if reply.container_configs else FAILED
+    if reply.code == Reply.DEVICE_CSR:
+        return OK if reply.device_csr else FAILED
+    return OK
+
+
+def as_text(message: Message) -> str:
+    """Return the protobuf text dump that the original prints; non-ASCII and control bytes come escaped."""
+    return text_format.MessageToString(message)
+
+
+def as_json(verb: str, code: int, **parts: Any) -> str:
+    """Return the envelope: `version`, `verb`, `ok`, `exit_code` and the given parts."""
+    envelope = {"version": JSON_VERSION, "verb": verb, "ok": code == OK, "exit_code": code, **parts}
+    return json.dumps(envelope, indent=2) + "\n"
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """Return the set fields by their protocol names: enums by name, bytes in base64, numbers as numbers."""
+    result: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        items = [_plain(field, item) for item in value] if field.is_repeated else None
+        result[field.name] = _plain(field, value) if items is None else items
+    return result
+
+
+def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if isinstance(value, Message):
+        return as_dict(value)
+    if field.enum_type is not None:
+        return field.enum_type.values_by_number[value].name
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return base64.b64encode(value).decode()
+    return visible(value) if isinstance(value, bytes) else value
+
+
+def readable(reply: Reply) -> str:
+    """Return a reply as a table or sentence."""
+    shown = _READERS.get(reply.code)
+    return as_text(reply) if shown is None else shown(reply) + "\n"
+
+
+def _response(reply: Reply) -> str:
+    return _SENTENCES[reply.response]
+
+
+def _containers(reply: Reply) -> str:
+    return table(
+        ("NAME", "STATE", "UPTIME", "GUESTOS", "TRUST", "UUID"),
+        [
+            (
+                status.name,
+                ContainerState.Name(status.state),
+                _duration(status.uptime),
+                status.guestos,
+                ContainerTrust.Name(status.trust_level),
+                status.uuid,
+            )
+            for status in reply.container_status
+        ],
+    )
+
+
+def _guestos(reply: Reply) -> str:
+    return table(
+        ("NAME", "VERSION", "HARDWARE", "IMAGES", "DESCRIPTION"),
+        [
+            (
+                config.name,
+                str(config.version),
+                config.hardware,
+                str(len(config.mounts)),
+                config.description.en,
+            )
+            for config in reply.guestos_configs
+        ],
+    )
+
+
+def _uuids(reply: Reply) -> str:
+    return "\n".join(visible(uuid) for uuid in reply.container_uuids)
+
+
+def _configs(reply: Reply) -> str:
+    if not reply.container_configs:
+        return "The device did not accept the configuration; its log says why (control retrieve_logs)."
+    return "\n".join(as_text(config).rstrip("\n") for config in reply.container_configs)
+
+
+def _provisioned(reply: Reply) -> str:
+    if reply.device_is_provisioned:
+        return "The device is provisioned (operational mode)."
+    return "The device is not provisioned (provisioning mode)."
+
+
+def _stats(reply: Reply) -> str:
+    stats = as_dict(reply.device_stats)
+    return table(
+        ("WHAT", "MIB"),
+        [(name.replace("_", " "), f"{value / (1 << 20):.1f}") for name, value in stats.items()],
+    )
+
+
+def _ifaces(reply: Reply) -> str:
+    return "\n".join(visible(name) for name in reply.container_ifaces) or "No interfaces."
+
+
+def _handles_pin(reply: Reply) -> str:
+    return (
+        "The device asks for the PIN." if reply.container_cmld_handles_pin else "The client asks for the PIN."
+    )
+
+
+def _csr(reply: Reply) -> str:
+    return (
+        "Certificate signing request received." if reply.device_csr else "The device has no signing request."
+    )
+
+
+_READERS: Final = {
+    Reply.RESPONSE: _response,
+    Reply.CONTAINER_STATUS: _containers,
+    Reply.CONTAINERS_LIST: _uuids,
+    Reply.CONTAINER_CONFIG: _configs,
+    Reply.GUESTOS_CONFIGS_LIST: _guestos,
+    Reply.DEVICE_PROVISIONED_STATE: _provisioned,
+    Reply.DEVICE_STATS: _stats,
+    Reply.CONTAINER_IFACES: _ifaces,
+    Reply.CONTAINER_CMLD_HANDLES_PIN: _handles_pin,
+    Reply.DEVICE_CSR: _csr,
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str | bytes]]) -> str:
+    """Return left-aligned columns under a head line."""
+    lines = [head, *([visible(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _duration(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (
+        f"{days}d {hours:02}:{minutes:02}:{seconds:02}" if days else f"{hours:02}:{minutes:02}:{seconds:02}"
+    )

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of `control` (interop section 2.4): one table, from which parser, help and calls are made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from trustme_init.control.cli.logs import retrieve_logs
+from trustme_init.control.cli.session import LocalProblem, Session, read_file
+from trustme_init.proto.control_pb2 import AssignInterfaceParams, ContainerStartParams
+from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
+from trustme_init.proto.control_pb2 import DaemonToController as Reply
+
+Run = Callable[[Session, argparse.Namespace], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argparse argument."""
+
+    name: str
+    help: str
+    options: dict[str, Any] = field(default_factory=dict)
+    short: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One thing to do."""
+
+    name: str
+    help: str
+    run: Run
+    arguments: tuple[Argument, ...] = ()
+    destroys: str = ""
+    """What is lost for good; asked about on a terminal unless --yes is given."""
+
+
+def _plain(command: Request.Command.ValueType) -> Run:
+    return lambda session, _options: session.ask(Request(command=command))
+
+
+def _on_container(command: Request.Command.ValueType) -> Run:
+    return lambda session, options: session.ask(
+        Request(command=command, container_uuids=[session.uuid_of(options.container)])
+    )
+
+
+def _list(session: Session, options: argparse.Namespace) -> int:
+    return session.ask(
+        Request(command=Request.GET_CONTAINER_STATUS, system_services=options.system_services or None)
+    )
+
+
+def _state(session: Session, options: argparse.Namespace) -> int:
+    uuids = [session.uuid_of(options.container)] if options.container else []
+    return session.ask(Request(command=Request.GET_CONTAINER_STATUS, container_uuids=uuids))
+
+
+def _config_triple(options: argparse.Namespace) -> dict[str, bytes]:
+    if (options.signature is None) != (options.certificate is None):
+        raise LocalProblem("give both a signature and a certificate, or neither")
+    triple = {"container_config_file": read_file(options.config)}
+    if options.signature is not None:
+        triple["container_config_signature"] = read_file(options.signature)
+        triple["container_config_certificate"] = read_file(options.certificate)
+    return triple
+
+
+def _create(session: Session, options: argparse.Namespace) -> int:
+    request = Request(command=Request.CREATE_CONTAINER)
+    for name, data in _config_triple(options).items():
+        setattr(request, name, data)
+    return session.ask(request)
+
+
+def _update_config(session: Session, options: argparse.Namespace) -> int:
+    request = Request(command=Request.CONTAINER_UPDATE_CONFIG)
+    for name, data in _config_triple(options).items():
+        setattr(request, name, data)
+    request.container_uuids.append(session.uuid_of(options.container))
+    return session.ask(request)
+
+
+def _start_or_stop(command: Request.Command.ValueType) -> Run:
+    def run(session: Session, options: argparse.Namespace) -> int:
+        uuid = session.uuid_of(options.container)
+        key = _secrets("PIN: ")[0] if options.key == "" else options.key
+        setup = getattr(options, "setup", False) or None
+        params = ContainerStartParams(key=key, setup=setup) if key is not None or setup else None
+        return session.ask(Request(command=command, container_uuids=[uuid], container_start_params=params))
+
+    return run
+
+
+def _change_pin(session: Session, options: argparse.Namespace) -> int:
+    uuid = session.uuid_of(options.container)
+    old, new, again = _secrets("Old PIN: ", "New PIN: ", "New PIN again: ")
+    if new != again:
+        raise LocalProblem("the two new PINs differ")
+    return session.ask(
+        Request(
+            command=Request.CONTAINER_CHANGE_TOKEN_PIN,
+            container_uuids=[uuid],
+            device_pin=old,
+            device_newpin=new,
+        )
+    )
+
+
+def _secrets(*prompts: str) -> list[str]:
+    """Return one line per prompt: from the terminal without echo, or from standard input."""
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        return [getpass(prompt) for prompt in prompts]
+    lines = [sys.stdin.readline() for _ in prompts]
+    if not all(lines):
+        raise LocalProblem(f"{len(prompts)} line(s) expected on standard input")
+    return [line.rstrip("\n") for line in lines]
+
+
+def _dev_access(session: Session, options: argparse.Namespace) -> int:
+    uuid = session.uuid_of(options.container)
+    return session.ask(
+        Request(command=Request.CONTAINER_DEV_ACCESS, container_uuids=[uuid], dev_rule=options.rule)
+    )
+
+
+def _push_guestos(session: Session, options: argparse.Namespace) -> int:
+    request = Request(
+        command=Request.PUSH_GUESTOS_CONFIG,
+        guestos_config_file=read_file(options.config),
+        guestos_config_signature=read_file(options.signature),
+        guestos_config_certificate=read_file(options.certificate),
+    )
+    code = 0
+    for reply in session.replies_until_end(request):
+        code = session.show(reply)
+    return code
+
+
+def _remove_guestos(session: Session, options: argparse.Namespace) -> int:
+    return session.ask(Request(command=Request.REMOVE_GUESTOS, guestos_name=options.name))
+
+
+def _ca_register(session: Session, options: argparse.Namespace) -> int:
+    return session.ask(
+        Request(command=Request.REGISTER_NEWCA, guestos_rootcert=read_file(options.certificate))
+    )
+
+
+def _pull_csr(session: Session, options: argparse.Namespace) -> int:
+    reply = session.client.request(Request(command=Request.PULL_DEVICE_CSR))
+    if reply.device_csr:
+        try:
+            options.file.write_bytes(reply.device_csr)
+        except OSError as exc:
+            raise LocalProblem(f"{options.file}: {exc.strerror}") from exc
+    return session.show(reply)
+
+
+def _push_cert(session: Session, options: argparse.Namespace) -> int:
+    return session.ask(Request(command=Request.PUSH_DEVICE_CERT, device_cert=read_file(options.certificate)))
+
+
+def _interface(command: Request.Command.ValueType) -> Run:
+    def run(session: Session, options: argparse.Namespace) -> int:
+        return session.ask(
+            Request(
+                command=command,
+                container_uuids=[session.uuid_of(options.container)],
+                assign_iface_params=AssignInterfaceParams(
+                    iface_name=options.iface, persistent=options.persistent
+                ),
+            )
+        )
+
+    return run
+
+
+def _run(session: Session, options: argparse.Namespace) -> int:
+    words: list[str] = options.words
+    pty = words[:1] != ["nopty"]
+    words = words if pty else words[1:]
+    if not words:
+        raise LocalProblem("no command to run")
+    request = Request(
+        command=Request.CONTAINER_EXEC_CMD,
+        container_uuids=[session.uuid_of(options.container)],
+        exec_command=words[0],
+        exec_args=words,
+        exec_pty=pty,
+    )
+    for reply in session.replies_until_end(request):
+        if reply.code == Reply.EXEC_OUTPUT:
+            # The program's own bytes, on purpose: whoever runs it wants its terminal output.
+            sys.stdout.buffer.write(reply.exec_output)
+            sys.stdout.buffer.flush()
+        elif reply.code != Reply.EXEC_END:
+            return session.show(reply)
+    return 0
+
+
+CONTAINER: Final = Argument("container", "name or UUID")
+_CONFIG: Final = Argument("config", "configuration in protobuf text format", {"type": Path})
+_SIGNATURE: Final = Argument("signature", "detached signature over its bytes", {"type": Path})
+_CERTIFICATE: Final = Argument(
+    "certificate", "PEM certificate, or chain with the signer first", {"type": Path}
+)
+_TRIPLE: Final = (
+    _CONFIG,
+    *(Argument(a.name, a.help, {"type": Path, "nargs": "?"}) for a in (_SIGNATURE, _CERTIFICATE)),
+)
+_KEY: Final = Argument(
+    "--key",
+    "the token's PIN; without a value (`--key=`) it is asked for, or read from standard input,"
+    " which keeps it out of the process list",
+    {"metavar": "PIN"},
+)
+_IFACE: Final = (
+    CONTAINER,
+    Argument("--iface", "network interface", {"required": True, "metavar": "NAME"}),
+    Argument("--persistent", "also after a restart", {"action": "store_true"}),
+)
+
+VERBS: Final = (
+    Verb(
+        "list",
+        "containers with their states",
+        _list,
+        (Argument("--system-services", "system services too", {"action": "store_true"}, short="-s"),),
+    ),
+    Verb("list_guestos", "GuestOSes on the device", _plain(Request.LIST_GUESTOS_CONFIGS)),
+    Verb(
+        "state",
+        "state of one container, or of all",
+        _state,
+        (Argument("container", "name or UUID", {"nargs": "?"}),),
+    ),
+    Verb(
+        "config",
+        "configuration of a container, as protobuf text",
+        _on_container(Request.GET_CONTAINER_CONFIG),
+        (CONTAINER,),
+    ),
+    Verb("create", "create a container", _create, _TRIPLE),
+    Verb("update_config", "replace a container's configuration", _update_config, (CONTAINER, *_TRIPLE)),
+    Verb(
+        "remove",
+        "remove a container",
+        _on_container(Request.REMOVE_CONTAINER),
+        (CONTAINER,),
+        destroys="the container and its data",
+    ),
+    Verb(
+        "start",
+        "start a container",
+        _start_or_stop(Request.CONTAINER_START),
+        (CONTAINER, _KEY, Argument("--setup", "start in setup mode", {"action": "store_true"})),
+    ),
+    Verb("stop", "stop a container", _start_or_stop(Request.CONTAINER_STOP), (CONTAINER, _KEY)),
+    Verb("freeze", "freeze a container", _on_container(Request.CONTAINER_FREEZE), (CONTAINER,)),
+    Verb("unfreeze", "unfreeze a container", _on_container(Request.CONTAINER_UNFREEZE), (CONTAINER,)),
+    Verb(
+        "wipe",
+        "wipe a container's data",
+        _on_container(Request.CONTAINER_WIPE),
+        (CONTAINER,),
+        destroys="the container's data",
+    ),
+    Verb("change_pin", "change a token's PIN: three lines, old, new, new again", _change_pin, (CONTAINER,)),
+    Verb("allow_audio", "give a container audio", _on_container(Request.CONTAINER_ALLOWAUDIO), (CONTAINER,)),
+    Verb("deny_audio", "take audio away", _on_container(Request.CONTAINER_DENYAUDIO), (CONTAINER,)),
+    Verb(
+        "dev_access",
+        "change a container's device access",
+        _dev_access,
+        (CONTAINER, Argument("rule", "for example 'c 42:42 rwm'")),
+    ),
+    Verb("assign_iface", "give a container an interface", _interface(Request.CONTAINER_ASSIGNIFACE), _IFACE),
+    Verb("unassign_iface", "take an interface away", _interface(Request.CONTAINER_UNASSIGNIFACE), _IFACE),
+    Verb("ifaces", "interfaces of a container", _on_container(Request.CONTAINER_LIST_IFACES), (CONTAINER,)),
+    Verb(
+        "run",
+        "run a command in a container",
+        _run,
+        (
+            CONTAINER,
+            Argument(
+                "words",
+                "`nopty` for no terminal, then the command and its arguments",
+                {"nargs": argparse.REMAINDER, "metavar": "[nopty] command ..."},
+            ),
+        ),
+    ),
+    Verb(
+        "push_guestos_config",
+        "install a signed GuestOS",
+        _push_guestos,
+        (_CONFIG, _SIGNATURE, _CERTIFICATE),
+    ),
+    Verb("remove_guestos", "remove a GuestOS", _remove_guestos, (Argument("name", "GuestOS name"),)),
+    Verb("ca_register", "register a certificate authority for GuestOSes", _ca_register, (_CERTIFICATE,)),
+    Verb(
+        "pull_csr",
+        "fetch the device's certificate signing request",
+        _pull_csr,
+        (Argument("file", "where to put it", {"type": Path}),),
+    ),
+    Verb("push_cert", "install the device's certificate", _push_cert, (_CERTIFICATE,)),
+    Verb("get_provisioned", "whether provisioning was completed", _plain(Request.GET_PROVISIONED)),
+    Verb("set_provisioned", "complete provisioning, for good", _plain(Request.SET_PROVISIONED)),
+    Verb("device_stats", "disk and memory figures", _plain(Request.GET_DEVICE_STATS)),
+    Verb("reload", "read the containers' configurations again", _plain(Request.RELOAD_CONTAINERS)),
+    Verb("reboot", "reboot the device", _plain(Request.REBOOT_DEVICE)),
+    Verb(
+        "wipe_device",
+        "remove all containers' data",
+        _plain(Request.WIPE_DEVICE),
+        destroys="all containers' data",
+    ),
+    Verb(
+        "destroy_system",
+        "make everything on the device unreadable",
+        _plain(Request.DESTROY_SYSTEM),
+        destroys="everything on the device",
+    ),
+    Verb(
+        "retrieve_logs",
+        "fetch the device's logs",
+        retrieve_logs,
+        (
+            Argument(
+                "directory", "where to put them, one file each; otherwise shown", {"type": Path, "nargs": "?"}
+            ),
+            Argument("--remove", "remove them on the device", {"action": "store_true"}),
+        ),
+    ),
+)

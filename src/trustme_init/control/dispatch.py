@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one request body to its replies: screen, parse, gate, handler. Sans-io; never raises.
+
+- Not a protobuf message, or one that would be costly to parse: CMD_FAILED.
+- No command, a number we do not know, refused by the gate, or not there yet: CMD_UNSUPPORTED. So is the
+  empty frame, whose message has no command.
+- A handler that fails: CMD_FAILED, and the reason in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from trustme_init.control import gate
+from trustme_init.control.framing import REPLY_LIMIT
+from trustme_init.control.handlers import containers, device, guestos, logs
+from trustme_init.control.handlers.reply import Context, Handler, Replies, response
+from trustme_init.control.screen import screen_request
+from trustme_init.control.state import DeviceState
+from trustme_init.control.throttle import Log, ThrottledLog
+from trustme_init.control.transport import Answer, Flush
+from trustme_init.errors import ControlRefusal
+from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
+from trustme_init.proto.control_pb2 import DaemonToController
+
+Push = Callable[[bytes], bool]
+
+HANDLERS: Final[Mapping[int, Handler]] = {
+    Request.LIST_GUESTOS_CONFIGS: guestos.list_configs,
+    Request.LIST_CONTAINERS: containers.list_containers,
+    Request.GET_CONTAINER_STATUS: containers.status,
+    Request.GET_CONTAINER_CONFIG: containers.config,
+    Request.GET_LAST_LOG: logs.last_log,
+    Request.GET_DEVICE_STATS: device.stats,
+    Request.REBOOT_DEVICE: device.reboot,
+    Request.GET_PROVISIONED: device.provisioned,
+    Request.CONTAINER_START: containers.start,
+    Request.CONTAINER_STOP: containers.stop,
+}
+
+NOT_YET: Final = frozenset(
+    {
+        Request.PUSH_GUESTOS_CONFIG,
+        Request.RELOAD_CONTAINERS,
+        Request.CREATE_CONTAINER,
+        Request.REMOVE_CONTAINER,
+        Request.REGISTER_LOCALCA,
+        Request.REGISTER_NEWCA,
+        Request.REMOVE_GUESTOS,
+        Request.WIPE_DEVICE,
+        Request.SET_PROVISIONED,
+        Request.DESTROY_SYSTEM,
+        Request.PULL_DEVICE_CSR,
+        Request.PUSH_DEVICE_CERT,
+        Request.CONTAINER_FREEZE,
+        Request.CONTAINER_UNFREEZE,
+        Request.CONTAINER_WIPE,
+        Request.CONTAINER_SNAPSHOT,
+        Request.CONTAINER_ALLOWAUDIO,
+        Request.CONTAINER_DENYAUDIO,
+        Request.CONTAINER_ASSIGNIFACE,
+        Request.CONTAINER_UNASSIGNIFACE,
+        Request.CONTAINER_LIST_IFACES,
+        Request.CONTAINER_EXEC_CMD,
+        Request.CONTAINER_EXEC_INPUT,
+        Request.CONTAINER_UPDATE_CONFIG,
+        Request.CONTAINER_CHANGE_TOKEN_PIN,
+        Request.CONTAINER_CMLD_HANDLES_PIN,
+        Request.CONTAINER_DEV_ACCESS,
+    }
+)
+"""Commands that the gate allows in some mode and that have no handler so far."""
+
+
+def refused(_context: Context) -> Replies:
+    """The gate's answer."""
+    yield response(DaemonToController.CMD_UNSUPPORTED)
+
+
+def not_yet(_context: Context) -> Replies:
+    """The answer to what is allowed and does not exist yet: the protocol has no word of its own for it."""
+    yield response(DaemonToController.CMD_UNSUPPORTED)
+
+
+class Dispatcher:
+    """Answers requests about one device."""
+
+    def __init__(self, state: DeviceState, *, log: Log, handlers: Mapping[int, Handler] = HANDLERS) -> None:
+        self._state = state
+        self._log = ThrottledLog(log, "control")
+        self._handlers: dict[int, Handler] = {**dict.fromkeys(NOT_YET, not_yet), **handlers}
+
+    def answer(self, body: bytes, socket: gate.Socket, push: Push) -> Answer:
+        """Yield the reply bodies of one request; at least one, unless closed early."""
+        try:
+            request = parse(body)
+        except ControlRefusal as exc:
+            self._log(str(exc))
+            yield _FAILED
+            return
+        command = request.command if request.HasField("command") else 0
+        ended = False
+        try:
+            allowed = gate.allows(command, self._state.mode(), socket)
+            handler = self._handlers[command] if allowed else refused
+
+            def later(message: DaemonToController) -> bool:
+                return push(message.SerializeToString())
+
+            with closing(handler(Context(self._state, request, later))) as replies:
+                for reply in replies:
+                    if isinstance(reply, Flush):
+                        yield reply
+                    else:
+                        body = _serialise(reply)
+                        ended = reply.code == DaemonToController.RESPONSE
+                        yield body
+        except Exception as exc:  # noqa: BLE001 - no request can take the manager down
+            self._log(f"{_name(command)} failed: {type(exc).__name__}: {exc}")
+            if not ended:
+                yield _FAILED
+
+
+def parse(body: bytes) -> Request:
+    """Return the request; ControlRefusal("request-malformed" or "request-too-complex")."""
+    screen_request(body)
+    try:
+        return Request.FromString(body)
+    except DecodeError as exc:
+        raise ControlRefusal(
+            "request-malformed", "a request is not a protobuf message", evidence=f"{len(body)} bytes"
+        ) from exc
+
+
+def _serialise(reply: DaemonToController) -> bytes:
+    body = reply.SerializeToString()
+    if len(body) > REPLY_LIMIT:
+        raise ControlRefusal(
+            "reply-too-large", "a reply is longer than clients accept", evidence=str(len(body))
+        )
+    return body
+
+
+def _name(command: int) -> str:
+    value = Request.Command.DESCRIPTOR.values_by_number.get(command)
+    return "unknown command" if value is None else value.name
+
+
+_FAILED: Final = response(DaemonToController.CMD_FAILED).SerializeToString()

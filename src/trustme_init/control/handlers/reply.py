@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What handlers are made of: their type, what they are given, and the replies they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from trustme_init.control.state import DeviceState
+from trustme_init.control.transport import Flush
+from trustme_init.proto.control_pb2 import ControllerToDaemon, DaemonToController
+
+Replies = Generator[DaemonToController | Flush, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One request's surroundings."""
+
+    state: DeviceState
+    request: ControllerToDaemon
+    later: Callable[[DaemonToController], bool]
+    """Sends a message after the answer has ended (an installation's outcome); False: nobody hears it."""
+
+
+Handler = Callable[[Context], Replies]
+"""A generator function. A Refusal or any other exception becomes CMD_FAILED.
+
+What must happen after the reply is written follows a yielded FLUSH; what must happen even if the client
+leaves first stands in a `finally`.
+"""
+
+
+def response(code: DaemonToController.Response.ValueType) -> DaemonToController:
+    """Return a RESPONSE."""
+    return DaemonToController(code=DaemonToController.RESPONSE, response=code)
+
+
+def named_uuid(request: ControllerToDaemon) -> str | None:
+    """Return the one UUID of a container command, None when there is not exactly one (or it is not text)."""
+    uuids = request.container_uuids
+    if len(uuids) != 1 or not isinstance(uuids[0], str):
+        return None
+    return uuids[0]
