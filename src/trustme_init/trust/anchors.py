@@ -5,6 +5,7 @@ Rules (design decision 2):
 - The anchors of the core are the CA certificates in `db`, minus whatever `dbx` revokes. Any CA in `db` is a
   full anchor, self-signed or not. Other certificates there (a leaf that signs boot loaders) are no anchors.
 - An anchor has one purpose. A set holds anchors of one purpose, and whoever uses it names the purpose.
+  Anchors of software are CAs that may vouch for code signing, those of devices for client authentication.
 - `dbx` revokes: a certificate listed in full, with everything it issued and everything with its key; a
   certificate by the digest of its TBSCertificate; and by SHA-256 a certificate, a configuration or an image.
 - A revocation time (EFI_TIME beside a TBS digest) is not looked at: it spares signatures that a trusted
@@ -17,9 +18,10 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from trustme_init.errors import TrustRefusal
 from trustme_init.firmware.secureboot import FirmwareFacts, SignatureDb
@@ -32,6 +34,24 @@ class Purpose(Enum):
     CORE = "core"
     GUEST = "guest"
     DEVICE = "device"
+
+
+AUTHORITY_ROLES: Final[Mapping[Purpose, certificates.Role]] = {
+    Purpose.CORE: certificates.CA,
+    Purpose.GUEST: certificates.CA,
+    Purpose.DEVICE: certificates.DEVICE_CA,
+}
+"""The rules for a CA certificate that is to be an anchor."""
+_VOUCHED: Final[Mapping[Purpose, str]] = {
+    Purpose.CORE: "software",
+    Purpose.GUEST: "software",
+    Purpose.DEVICE: "devices",
+}
+_REMEDIES: Final[Mapping[Purpose, str]] = {
+    Purpose.CORE: "enrol the software-signing CA in db (`trustme uefi vars`, or the firmware's key set-up)",
+    Purpose.GUEST: "register the CA that signs GuestOSes (`control ca_register`)",
+    Purpose.DEVICE: "register the CA that signs device certificates (`control device_ca_register`)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +107,13 @@ class Revocations:
         for name, digests in self.tbs_digests.items():
             if hashlib.new(name, tbs).digest() in digests:
                 return f"the {name} of its TBSCertificate is listed"
-        key = _key(certificate)
+        key = certificates.public_key_der(certificate)
         for revoked_der in self.certificates:
             try:
                 revoked = certificates.load(revoked_der)
             except certificates.MalformedCertificateError:
                 continue
-            if _key(revoked) == key:
+            if certificates.public_key_der(revoked) == key:
                 return "its key is that of a listed certificate"
             if certificates.is_signed_by(certificate, revoked):
                 return "its issuer is listed"
@@ -124,18 +144,26 @@ def core_anchors(facts: FirmwareFacts) -> AnchorSet:
 
 
 def anchor_set(
-    purpose: Purpose, offered: Iterable[bytes], revocations: Revocations, *, source: str
+    purpose: Purpose,
+    offered: Iterable[bytes],
+    revocations: Revocations,
+    *,
+    source: str,
+    excluded_before: Iterable[Excluded] = (),
 ) -> AnchorSet:
-    """Take the usable CA certificates (DER) of `offered`; TrustRefusal("no-anchor") if there are none."""
+    """Take the usable CA certificates (DER) of `offered`; TrustRefusal("no-anchor") if there are none.
+
+    `excluded_before` is what the caller found unusable before it could be offered: it is named likewise.
+    """
     anchors: dict[bytes, Anchor] = {}
-    excluded = []
+    excluded = list(excluded_before)
     for der in offered:
         try:
             certificate = certificates.load(der)
         except certificates.MalformedCertificateError as exc:
             excluded.append(Excluded(certificates.fingerprint(der), f"malformed: {exc}"))
             continue
-        if (reason := _unusable(certificate, revocations)) is not None:
+        if (reason := _unusable(certificate, purpose, revocations)) is not None:
             excluded.append(Excluded(certificates.fingerprint(der), reason))
             continue
         anchors[der] = Anchor(
@@ -149,21 +177,17 @@ def anchor_set(
         seen = "; ".join(f"{entry.sha256_fingerprint[:16]}: {entry.reason}" for entry in excluded[:8])
         raise TrustRefusal(
             "no-anchor",
-            f"{source} holds no CA certificate that may vouch for software",
+            f"{source} holds no CA certificate that may vouch for {_VOUCHED[purpose]}",
             evidence=seen or "no certificate at all",
-            remedy="enrol the software-signing CA in db (`trustme uefi vars`, or the firmware's key set-up)",
+            remedy=_REMEDIES[purpose],
         )
     return AnchorSet(purpose, tuple(anchors.values()), revocations, tuple(excluded))
 
 
-def _unusable(certificate: x509.Certificate, revocations: Revocations) -> str | None:
-    fault = certificates.form_fault(certificate) or certificates.CA.fault(certificate)
+def _unusable(certificate: x509.Certificate, purpose: Purpose, revocations: Revocations) -> str | None:
+    fault = certificates.form_fault(certificate) or AUTHORITY_ROLES[purpose].fault(certificate)
     if fault is not None:
         return fault.cause
     if (reason := revocations.reason(certificate)) is not None:
         return f"revoked: {reason}"
     return None
-
-
-def _key(certificate: x509.Certificate) -> bytes:
-    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

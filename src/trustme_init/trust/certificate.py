@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One certificate at a time: what it must look like to sign software, or to vouch for who does.
+"""One certificate at a time: what it must look like to sign software, name a device, or vouch for either.
 
-Rules (RFC 5280 sections 4.1 and 4.2; `chain` and `anchors` apply them, nothing else decides):
+Rules (RFC 5280 sections 4.1 and 4.2; `chain`, `anchors` and `authority` apply them, nothing else decides):
 - X.509 version 3, serial number of 1 to 20 octets.
 - Keys: RSA (also id-RSASSA-PSS) of 2048 to 8192 bits, ECDSA on P-256 or P-384, Ed25519. 2048 and not 3072,
   because factory `db` entries are RSA-2048; our own PKI makes 4096.
@@ -10,8 +10,13 @@ Rules (RFC 5280 sections 4.1 and 4.2; `chain` and `anchors` apply them, nothing 
 - A CA says so in basicConstraints, and may sign certificates if it limits its key's usage.
 - A signer is not a CA, and may make signatures if it limits its key's usage.
 - Where a certificate limits its purposes (extendedKeyUsage), code signing or any purpose is among them:
-  a device or TLS certificate signs no software.
-- Name constraints say nothing about software, so a certificate that relies on them is refused.
+  a device or TLS certificate signs no software. For the CAs above a device it is client authentication (or
+  server authentication, above a peer that is only a server) or any purpose.
+- A device's certificate says what it is for: digital signatures (keyUsage) and client authentication
+  (extendedKeyUsage). Code signing and any purpose are not among them, so that no identity can sign software
+  where one CA stands above both. A peer's is for client or server authentication, and for no more either.
+- Name constraints say nothing about software, nor about a UUID, so a certificate that relies on them is
+  refused.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, PublicKeyAlgorithmOID, SignatureAlgorithmOID
 from cryptography.x509.verification import (
     Criticality,
@@ -43,7 +48,7 @@ RSA_BITS: Final = range(2048, 8192 + 1)
 _SUBJECT_LIMIT: Final = 200
 _SERIAL_BITS: Final = 160
 _CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
-_PURPOSES: Final = frozenset({ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
+_SOFTWARE: Final = frozenset({ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
 _SIGNATURES: Final = frozenset(
     {
         SignatureAlgorithmOID.RSA_WITH_SHA256,
@@ -169,6 +174,22 @@ def subject_text(certificate: x509.Certificate) -> str:
     return safe if len(safe) <= _SUBJECT_LIMIT else f"{safe[:_SUBJECT_LIMIT]}..."
 
 
+def describe(certificate: x509.Certificate) -> str:
+    """Return which certificate it is, as evidence: its subject and the beginning of its SHA-256."""
+    der = certificate.public_bytes(Encoding.DER)
+    return f"{subject_text(certificate)} sha256:{fingerprint(der)[:16]}"
+
+
+def validity_text(certificate: x509.Certificate) -> str:
+    """Return when a certificate is valid, as evidence."""
+    return f"valid {certificate.not_valid_before_utc} to {certificate.not_valid_after_utc}"
+
+
+def public_key_der(certificate: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """Return the public key of a certificate or request as DER SubjectPublicKeyInfo (RFC 5280, 4.1.2.7)."""
+    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
 def form_fault(certificate: x509.Certificate) -> Fault | None:
     """Judge version, serial number and key."""
     if certificate.version is not x509.Version.v3:
@@ -235,7 +256,7 @@ def _is_plain_pss(certificate: x509.Certificate, issuer: x509.Certificate) -> bo
 def _ca_basic(value: x509.BasicConstraints | None) -> Fault | None:
     if value is not None and value.ca:
         return None
-    return Fault("not-a-ca", "a certificate that issued another one is not that of a CA")
+    return Fault("not-a-ca", "a certificate that is to vouch for others is not that of a CA")
 
 
 def _ca_key_usage(value: x509.KeyUsage | None) -> Fault | None:
@@ -244,16 +265,21 @@ def _ca_key_usage(value: x509.KeyUsage | None) -> Fault | None:
     return Fault("ca-key-usage", "a CA's key may not sign certificates")
 
 
-def _ca_purpose(value: x509.ExtendedKeyUsage | None) -> Fault | None:
-    if value is None or not _PURPOSES.isdisjoint(value):
-        return None
-    return Fault("ca-purpose", "a CA is limited to purposes other than code signing")
+def _ca_purpose(purpose: x509.ObjectIdentifier, name: str) -> Rule:
+    allowed = frozenset({purpose, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
+
+    def rule(value: x509.ExtendedKeyUsage | None) -> Fault | None:
+        if value is None or not allowed.isdisjoint(value):
+            return None
+        return Fault("ca-purpose", f"a CA is limited to purposes other than {name}")
+
+    return rule
 
 
 def _leaf_basic(value: x509.BasicConstraints | None) -> Fault | None:
     if value is None or not value.ca:
         return None
-    return Fault("leaf-is-ca", "the signer's certificate is that of a CA")
+    return Fault("leaf-is-ca", "the certificate that the chain is for is that of a CA")
 
 
 def _leaf_key_usage(value: x509.KeyUsage | None) -> Fault | None:
@@ -263,9 +289,42 @@ def _leaf_key_usage(value: x509.KeyUsage | None) -> Fault | None:
 
 
 def _leaf_purpose(value: x509.ExtendedKeyUsage | None) -> Fault | None:
-    if value is None or not _PURPOSES.isdisjoint(value):
+    if value is None or not _SOFTWARE.isdisjoint(value):
         return None
     return Fault("leaf-purpose", "the signer's certificate is not for signing software")
+
+
+def _device_key_usage(value: x509.KeyUsage | None) -> Fault | None:
+    if value is not None and value.digital_signature and not value.key_cert_sign:
+        return None
+    return Fault("device-purpose", "the device's certificate does not say that its key makes signatures")
+
+
+def _device_purpose(value: x509.ExtendedKeyUsage | None) -> Fault | None:
+    if value is None or ExtendedKeyUsageOID.CLIENT_AUTH not in value:
+        return Fault("device-purpose", "the device's certificate is not for client authentication")
+    if not _SOFTWARE.isdisjoint(value):
+        return Fault("device-purpose", "the device's certificate is for signing software, too")
+    return None
+
+
+def _peer_key_usage(value: x509.KeyUsage | None) -> Fault | None:
+    if value is None or (value.digital_signature and not value.key_cert_sign):
+        return None
+    return Fault("peer-purpose", "the peer's key may not make signatures")
+
+
+def _peer_purpose(purpose: x509.ObjectIdentifier) -> Rule:
+    def rule(value: x509.ExtendedKeyUsage | None) -> Fault | None:
+        if value is None or purpose not in value:
+            return Fault(
+                "peer-purpose", "the peer's certificate is for neither client nor server authentication"
+            )
+        if not _SOFTWARE.isdisjoint(value):
+            return Fault("peer-purpose", "the peer's certificate is for signing software, too")
+        return None
+
+    return rule
 
 
 def _no_name_constraints(value: x509.NameConstraints | None) -> Fault | None:
@@ -305,24 +364,37 @@ class Role:
         return policy
 
 
-CA: Final = Role(
-    (
-        (x509.BasicConstraints, _ca_basic),
-        (x509.KeyUsage, _ca_key_usage),
-        (x509.ExtendedKeyUsage, _ca_purpose),
-        (x509.NameConstraints, _no_name_constraints),
-    ),
-    required=x509.BasicConstraints,
-)
-LEAF: Final = Role(
-    (
-        (x509.BasicConstraints, _leaf_basic),
-        (x509.KeyUsage, _leaf_key_usage),
-        (x509.ExtendedKeyUsage, _leaf_purpose),
-        (x509.NameConstraints, _no_name_constraints),
-    ),
-    required=None,
-)
+def _authority(purpose: x509.ObjectIdentifier, name: str) -> Role:
+    return Role(
+        (
+            (x509.BasicConstraints, _ca_basic),
+            (x509.KeyUsage, _ca_key_usage),
+            (x509.ExtendedKeyUsage, _ca_purpose(purpose, name)),
+            (x509.NameConstraints, _no_name_constraints),
+        ),
+        required=x509.BasicConstraints,
+    )
+
+
+def _leaf(key_usage: Rule, purpose: Rule) -> Role:
+    return Role(
+        (
+            (x509.BasicConstraints, _leaf_basic),
+            (x509.KeyUsage, key_usage),
+            (x509.ExtendedKeyUsage, purpose),
+            (x509.NameConstraints, _no_name_constraints),
+        ),
+        required=None,
+    )
+
+
+CA: Final = _authority(ExtendedKeyUsageOID.CODE_SIGNING, "code signing")
+LEAF: Final = _leaf(_leaf_key_usage, _leaf_purpose)
+DEVICE_CA: Final = _authority(ExtendedKeyUsageOID.CLIENT_AUTH, "client authentication")
+DEVICE: Final = _leaf(_device_key_usage, _device_purpose)
+CLIENT: Final = _leaf(_peer_key_usage, _peer_purpose(ExtendedKeyUsageOID.CLIENT_AUTH))
+SERVER_CA: Final = _authority(ExtendedKeyUsageOID.SERVER_AUTH, "server authentication")
+SERVER: Final = _leaf(_peer_key_usage, _peer_purpose(ExtendedKeyUsageOID.SERVER_AUTH))
 
 
 def role_fault(certificate: x509.Certificate, role: Role, at: datetime) -> Fault | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a PEM bundle to a signer that an anchor vouches for.
+"""From a PEM bundle to a signer, or to a device, that an anchor vouches for.
 
 Rules:
 - The bundle is exactly what OpenSSL writes (64 columns, LF), one to four certificates, leaf first, each
@@ -13,6 +13,8 @@ Rules:
 - All certificates of the path are valid at the time given, **the anchor included**: an entry in `db` has no
   other end of life than the one its owner wrote into it, and the library knows no exception. The leaf, made
   with a shorter life, expires first anyway.
+- What the chain is for (`Use`) says which rules its leaf and its CAs meet, and of which purpose the anchors
+  are. Everything else is the same for software and for devices.
 - Path length counts every CA below, self-issued ones too, as the library does: stricter than RFC 5280
   section 6.1.4.
 
@@ -28,10 +30,10 @@ import base64
 import binascii
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -41,7 +43,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from trustme_init.errors import TrustRefusal
 from trustme_init.trust import certificate as certificates
 from trustme_init.trust.anchors import Anchor, AnchorSet, Purpose
-from trustme_init.trust.certificate import CA, LEAF, Fault
+from trustme_init.trust.certificate import CA, LEAF, Fault, Role, describe
 
 CHAIN_LIMIT: Final = 4
 """Certificates in a bundle: leaf, sub CA, root and one to spare."""
@@ -51,7 +53,40 @@ SIGNING_PURPOSES: Final = frozenset({Purpose.CORE, Purpose.GUEST})
 
 _BLOCK: Final = re.compile(rb"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+)\n-----END CERTIFICATE-----\n")
 _COLUMNS: Final = 64
+_EXCLUDED_SHOWN: Final = 4
 _REMEDY: Final = "sign again with a certificate whose issuer is enrolled (`trustme guestos sign`)"
+
+
+class MalformedPemError(ValueError):
+    """The bytes are not a plain sequence of PEM certificate blocks."""
+
+
+class Use(NamedTuple):
+    """What a chain is to prove: the rules for its leaf and its CAs, and whose anchors count."""
+
+    leaf: Role
+    ca: Role
+    purposes: frozenset[Purpose]
+    vouches_for: str
+    """In words: "anchors for the purpose … vouch for no …"."""
+
+
+SOFTWARE: Final = Use(LEAF, CA, SIGNING_PURPOSES, "software")
+
+
+class VerifiedPath(NamedTuple):
+    """A path that holds: leaf first, `anchor`'s certificate last."""
+
+    certificates: tuple[x509.Certificate, ...]
+    anchor: Anchor
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """SHA-256 (hex) of the path's certificates."""
+        return tuple(
+            certificates.fingerprint(certificate.public_bytes(Encoding.DER))
+            for certificate in self.certificates
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,31 +112,45 @@ def verify_chain(pem: bytes, anchors: AnchorSet, *, at: datetime) -> VerifiedSig
     "chain-broken", "untrusted-signer", "path-length", "certificate-revoked", "chain-refused", or a code of
     `certificate` (weak-key, weak-signature, certificate-expired, not-a-ca, leaf-purpose, ...).
     """
+    path = verify_path(pem, anchors, SOFTWARE, at=at)
+    leaf = path.certificates[0]
+    return VerifiedSigner(
+        leaf_der=leaf.public_bytes(Encoding.DER),
+        subject=certificates.subject_text(leaf),
+        fingerprints=path.fingerprints,
+        anchor=path.anchor,
+    )
+
+
+def verify_path(pem: bytes, anchors: AnchorSet, use: Use, *, at: datetime) -> VerifiedPath:
+    """Return the path from the leaf of a PEM bundle to the anchor that vouches for it, for one use.
+
+    Refusals as `verify_chain` lists them; those of a leaf that does not suit the use are the use's own.
+    """
     if at.tzinfo is None:
         raise ValueError("the time of judgement needs a time zone")
-    if anchors.purpose not in SIGNING_PURPOSES:
+    if anchors.purpose not in use.purposes:
         raise TrustRefusal(
             "wrong-purpose",
-            f"anchors for the purpose {anchors.purpose.value} vouch for no software",
+            f"anchors for the purpose {anchors.purpose.value} vouch for no {use.vouches_for}",
             remedy="a mistake in the calling code: report it",
         )
     chain = parse_bundle(pem)
-    trusted = [(anchor, certificates.load(anchor.certificate)) for anchor in anchors.anchors]
-    _screen(chain, [certificate for _, certificate in trusted], anchors)
-    if _library_can(chain, [certificate for _, certificate in trusted]):
-        path = _library_path(chain, [certificate for _, certificate in trusted], at)
-    else:
-        path = _own_path(chain, [certificate for _, certificate in trusted], at)
+    loaded = [(anchor, certificates.load(anchor.certificate)) for anchor in anchors.anchors]
+    trusted = [certificate for _, certificate in loaded]
+    try:
+        _screen(chain, trusted, anchors)
+        find = _library_path if _library_can(chain, trusted) else _own_path
+        path = find(chain, trusted, use, at)
+    except TrustRefusal as refusal:
+        if refusal.code == "untrusted-signer":
+            refusal.evidence += _excluded_text(anchors)
+        raise
     if (fault := certificates.form_fault(path[-1])) is not None:
         raise _fault(fault, path[-1])
     _require_unrevoked(path[-1:], anchors)
-    return VerifiedSigner(
-        leaf_der=path[0].public_bytes(Encoding.DER),
-        subject=certificates.subject_text(path[0]),
-        fingerprints=tuple(
-            certificates.fingerprint(certificate.public_bytes(Encoding.DER)) for certificate in path
-        ),
-        anchor=next(anchor for anchor, certificate in trusted if certificate == path[-1]),
+    return VerifiedPath(
+        tuple(path), next(anchor for anchor, certificate in loaded if certificate == path[-1])
     )
 
 
@@ -110,15 +159,15 @@ def parse_bundle(pem: bytes) -> list[x509.Certificate]:
     if len(pem) > BUNDLE_LIMIT:
         raise _refuse("chain-too-large", f"the certificate file is larger than {BUNDLE_LIMIT} bytes")
     ders = []
-    position = 0
-    while position < len(pem):
-        block = _BLOCK.match(pem, position)
-        if block is None:
-            raise _malformed(f"no certificate block at byte {position}")
-        ders.append(_decode(block[1], position))
-        position = block.end()
-        if len(ders) > CHAIN_LIMIT:
-            raise _refuse("chain-too-long", f"the certificate file has more than {CHAIN_LIMIT} certificates")
+    try:
+        for der in pem_blocks(pem):
+            ders.append(der)
+            if len(ders) > CHAIN_LIMIT:
+                raise _refuse(
+                    "chain-too-long", f"the certificate file has more than {CHAIN_LIMIT} certificates"
+                )
+    except MalformedPemError as exc:
+        raise _malformed(str(exc)) from exc
     if not ders:
         raise _malformed("empty")
     if len(set(ders)) != len(ders):
@@ -129,16 +178,27 @@ def parse_bundle(pem: bytes) -> list[x509.Certificate]:
         raise _malformed(str(exc)) from exc
 
 
+def pem_blocks(pem: bytes) -> Iterator[bytes]:
+    """Yield the DER of one PEM certificate block after the other; MalformedPemError at any other byte."""
+    position = 0
+    while position < len(pem):
+        block = _BLOCK.match(pem, position)
+        if block is None:
+            raise MalformedPemError(f"no certificate block at byte {position}")
+        yield _decode(block[1], position)
+        position = block.end()
+
+
 def _decode(text: bytes, position: int) -> bytes:
     """Return the DER of one block; only one text is accepted for each DER."""
     try:
         der = base64.b64decode(text.replace(b"\n", b""), validate=True)
     except binascii.Error as exc:
-        raise _malformed(f"block at byte {position}: {exc}") from exc
+        raise MalformedPemError(f"block at byte {position}: {exc}") from exc
     encoded = base64.b64encode(der)
     lines = [encoded[start : start + _COLUMNS] for start in range(0, len(encoded), _COLUMNS)]
     if b"\n".join(lines) != text:
-        raise _malformed(f"block at byte {position}: not the canonical text of its certificate")
+        raise MalformedPemError(f"block at byte {position}: not the canonical text of its certificate")
     return der
 
 
@@ -170,8 +230,8 @@ def _require_unrevoked(chain: Sequence[x509.Certificate], anchors: AnchorSet) ->
         if (reason := anchors.revocations.reason(certificate)) is not None:
             raise TrustRefusal(
                 "certificate-revoked",
-                "a certificate of the signer's chain is revoked in dbx",
-                evidence=f"{_describe(certificate)}: {reason}",
+                "a certificate of the chain is revoked in dbx",
+                evidence=f"{describe(certificate)}: {reason}",
                 remedy="sign with a certificate that is not revoked",
             )
 
@@ -187,51 +247,51 @@ def _library_can(chain: Sequence[x509.Certificate], trusted: Sequence[x509.Certi
 
 
 def _library_path(
-    chain: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate], at: datetime
+    chain: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate], use: Use, at: datetime
 ) -> list[x509.Certificate]:
     verifier = (
         PolicyBuilder()
         .time(at)
         .store(Store(list(trusted)))
         .max_chain_depth(CHAIN_LIMIT - 1)
-        .extension_policies(ca_policy=CA.policy(), ee_policy=LEAF.policy())
+        .extension_policies(ca_policy=use.ca.policy(), ee_policy=use.leaf.policy())
         .build_client_verifier()
     )
     try:
         return verifier.verify(chain[0], list(chain[1:])).chain
     except VerificationError as exc:
         # The library has refused; its reason is a sentence. Ours has a code, and the same rules.
-        _own_path(chain, trusted, at)
+        _own_path(chain, trusted, use, at)
         raise _refuse("chain-refused", f"the library refuses the chain: {exc}", chain[0]) from exc
 
 
 def _own_path(
-    chain: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate], at: datetime
+    chain: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate], use: Use, at: datetime
 ) -> list[x509.Certificate]:
     """Follow the bundle upwards until an anchor issued a certificate; `_screen` has accepted it.
 
     The refusal of the last step tried is the one reported.
     """
-    if (fault := certificates.role_fault(chain[0], LEAF, at)) is not None:
+    if (fault := certificates.role_fault(chain[0], use.leaf, at)) is not None:
         raise _fault(fault, chain[0])
     refusal = None
     for depth, certificate in enumerate(chain):
         for anchor in trusted:
             if not certificates.is_signed_by(certificate, anchor):
                 continue
-            if (refusal := _issuer_refusal(anchor, depth, at)) is None:
+            if (refusal := _issuer_refusal(anchor, depth, use, at)) is None:
                 return [*chain[: depth + 1], anchor]
         if depth + 1 == len(chain):
             break
         # _screen has seen that the next one made the signature. Whether it may is the question here.
-        if (next_refusal := _issuer_refusal(chain[depth + 1], depth, at)) is not None:
+        if (next_refusal := _issuer_refusal(chain[depth + 1], depth, use, at)) is not None:
             raise next_refusal
     raise refusal or _untrusted(chain[-1])
 
 
-def _issuer_refusal(issuer: x509.Certificate, depth: int, at: datetime) -> TrustRefusal | None:
+def _issuer_refusal(issuer: x509.Certificate, depth: int, use: Use, at: datetime) -> TrustRefusal | None:
     """Judge an issuer with `depth` CA certificates below it (RFC 5280 section 6.1.4, k to n)."""
-    if (fault := certificates.role_fault(issuer, CA, at)) is not None:
+    if (fault := certificates.role_fault(issuer, use.ca, at)) is not None:
         return _fault(fault, issuer)
     limit = issuer.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
     if limit is not None and depth > limit:
@@ -239,29 +299,30 @@ def _issuer_refusal(issuer: x509.Certificate, depth: int, at: datetime) -> Trust
     return None
 
 
-def _describe(certificate: x509.Certificate) -> str:
-    der = certificate.public_bytes(Encoding.DER)
-    return f"{certificates.subject_text(certificate)} sha256:{certificates.fingerprint(der)[:16]}"
-
-
 def _fault(fault: Fault, certificate: x509.Certificate) -> TrustRefusal:
-    validity = f"valid {certificate.not_valid_before_utc} to {certificate.not_valid_after_utc}"
-    return TrustRefusal(
-        fault.code, fault.cause, evidence=f"{_describe(certificate)}, {validity}", remedy=_REMEDY
-    )
+    evidence = f"{describe(certificate)}, {certificates.validity_text(certificate)}"
+    return TrustRefusal(fault.code, fault.cause, evidence=evidence, remedy=_REMEDY)
 
 
 def _untrusted(certificate: x509.Certificate) -> TrustRefusal:
     return TrustRefusal(
         "untrusted-signer",
-        "no anchor vouches for the signer",
-        evidence=f"last certificate of the chain: {_describe(certificate)}",
+        "no anchor vouches for the certificate",
+        evidence=f"last certificate of the chain: {describe(certificate)}",
         remedy="enrol the signer's CA, or sign with a certificate of an enrolled one",
     )
 
 
+def _excluded_text(anchors: AnchorSet) -> str:
+    """Name what could have been the anchor, were it usable: the likely reason why there is none."""
+    shown = "; ".join(
+        f"{entry.sha256_fingerprint[:16]}: {entry.reason}" for entry in anchors.excluded[:_EXCLUDED_SHOWN]
+    )
+    return f"; not used as anchors: {shown}" if shown else ""
+
+
 def _refuse(code: str, cause: str, certificate: x509.Certificate | None = None) -> TrustRefusal:
-    evidence = _describe(certificate) if certificate is not None else ""
+    evidence = describe(certificate) if certificate is not None else ""
     return TrustRefusal(code, cause, evidence=evidence, remedy=_REMEDY)
 
 
