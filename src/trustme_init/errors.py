@@ -62,3 +62,7 @@ class CompartmentRefusal(Refusal):
 
 class ControlRefusal(Refusal):
     """A control request is malformed, unknown or not allowed now."""
+
+
+class TokenRefusal(Refusal):
+    """A token is missing, locked, malformed or the PIN is wrong."""

@@ -19,9 +19,10 @@ ALLOWED = {
     "storage": {"linux"},
     "trust": {"firmware", "proto"},
     "tpm": {"linux", "firmware"},
-    "compartments": {"linux", "firmware", "tpm", "trust", "proto", "storage"},
-    "provisioning": {"linux", "firmware", "tpm", "trust", "proto", "storage"},
-    "control": {"linux", "firmware", "tpm", "trust", "proto", "compartments", "provisioning"},
+    "tokens": {"linux"},
+    "compartments": {"linux", "firmware", "tpm", "trust", "tokens", "proto", "storage"},
+    "provisioning": {"linux", "firmware", "tpm", "trust", "tokens", "proto", "storage"},
+    "control": {"linux", "firmware", "tpm", "trust", "tokens", "proto", "compartments", "provisioning"},
 }
 PID1_MODULES = ("boot/pid1.py", "boot/early.py", "boot/console.py")
 

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device's softtoken on disk: `testuser.p12` and what belongs to it, in the interop layout's `tokens/`.
+
+Rules:
+- Every operation leaves the old state or the new one, at whatever moment the power goes. The token itself is
+  one file that is replaced as a whole, and its rename is the moment that counts: what describes it is written
+  before and names by SHA-256 which token it describes, the count of wrong PINs falls after.
+- One counter for all paths: unlocking, changing and replacing try a PIN through `Attempts`.
+- A counter never falls while the token it protected is still there: in `replace` the new token is in place
+  before the try with its password counts as right.
+- Whether the PIN is the published development one is known without trying it, or said to be unknown (None):
+  that is a token which somebody else put there and nobody has unlocked since.
+
+An operator may put another file over `testuser.p12` at any time, as the openssl commands do.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from trustme_init.errors import TokenRefusal
+from trustme_init.linux.files import openat2, read_limited, write_atomic
+from trustme_init.tokens import softtoken
+from trustme_init.tokens.attempts import Attempts, not_stored
+from trustme_init.tokens.softtoken import Token
+
+TOKEN_NAME: Final = "testuser.p12"  # noqa: S105 - a file name
+ATTEMPTS_NAME: Final = "attempts.json"
+RECORD_NAME: Final = "token.json"
+DEVELOPMENT_PIN: Final = "trustme"
+"""Published with GyroidOS and with this project; a token that has it protects nothing."""
+
+_VERSION: Final = 1
+_RECORD_LIMIT: Final = 1024
+_MODE: Final = 0o600
+_FLAGS: Final = (True, False)
+_DIRECTORY_MODE: Final = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatus:
+    """What can be said about the device's token without its PIN."""
+
+    kind: str
+    """"softtoken" or "none"."""
+    tries_left: int
+    limit: int
+    certificate_sha256: str | None = None
+    """Hex; None where the file hides its certificate or cannot be read. Not verified: that takes the PIN."""
+    rounds: int | None = None
+    default_pin: bool | None = None
+    """None: not known."""
+    fault: str | None = None
+    """Code of the refusal that meets whoever uses the token."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form of status replies."""
+        return asdict(self)
+
+
+class TokenStore:
+    """The token in `directory` (which is made when a token is), with `limit` wrong PINs allowed."""
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self._directory = directory
+        self._path = directory / TOKEN_NAME
+        self._record_path = directory / RECORD_NAME
+        self._attempts_path = directory / ATTEMPTS_NAME
+        self._attempts = Attempts(self._attempts_path, limit)
+        self._limit = limit
+
+    def status(self) -> TokenStatus:
+        """Return what is known; a damaged file is a fault in it, not a refusal of this."""
+        fault = None
+        try:
+            data = self._read()
+        except TokenRefusal as refusal:
+            if refusal.code == "token-missing":
+                tries_left, fault = self._tries_left()
+                return TokenStatus("none", tries_left, self._limit, fault=fault)
+            data, fault = b"", refusal.code
+        tries_left, attempts_fault = self._tries_left()
+        certificate = rounds = None
+        if fault is None:
+            try:
+                seen = softtoken.inspect(data)
+                rounds = seen.rounds
+                certificate = hashlib.sha256(seen.certificates[0]).hexdigest() if seen.certificates else None
+            except TokenRefusal as refusal:
+                fault = refusal.code
+        return TokenStatus(
+            "softtoken",
+            tries_left,
+            self._limit,
+            certificate_sha256=certificate,
+            rounds=rounds,
+            default_pin=self._record().get(_sha256(data)),
+            fault=attempts_fault or fault,
+        )
+
+    def create(self, pin: str, *, common_name: str, now: datetime) -> None:
+        """Make the device's token; it is durable on return.
+
+        Raises:
+            TokenRefusal: "token-bad-pin", "token-already-there", "token-not-stored".
+        """
+        softtoken.check_new_pin(pin)
+        with self._changing(make=True):
+            if self._is_there():
+                raise TokenRefusal(
+                    "token-already-there",
+                    "the device has a token",
+                    evidence=TOKEN_NAME,
+                    remedy="change its PIN, replace it, or remove it first",
+                )
+            self._attempts.reset()
+            self._install(softtoken.create(pin, common_name=common_name, now=now), pin)
+
+    def unlock(self, pin: str) -> Token:
+        """Return the opened token; one that is cheap to guess is encoded anew under the same PIN.
+
+        Raises:
+            TokenRefusal: "token-missing", and what `Attempts.try_pin` and `open_token` raise.
+        """
+        with self._changing():
+            data = self._read()
+            token = self._attempts.try_pin(lambda: softtoken.open_token(data, pin))
+            # What follows betters the token and its description; a full disk must not forbid to use it.
+            with suppress(TokenRefusal):
+                if softtoken.needs_upgrade(token):
+                    self._install(softtoken.reencode(token, pin), pin)
+                    return softtoken.upgraded(token)
+                if self._record().get(_sha256(data)) is None:
+                    self._describe({_sha256(data): pin == DEVELOPMENT_PIN})
+            return token
+
+    def change_pin(self, old: str, new: str) -> None:
+        """Encode the token under another PIN; it is durable on return.
+
+        Raises:
+            TokenRefusal: "token-bad-pin" (for the new one), "token-missing", "token-not-stored", and what
+                `Attempts.try_pin` and `open_token` raise.
+        """
+        softtoken.check_new_pin(new)
+
+        def change() -> None:
+            self._install(softtoken.reencode(softtoken.open_token(data, old), new), new)
+
+        with self._changing():
+            data = self._read()
+            self._attempts.try_pin(change)
+
+    def replace(self, p12: bytes, pin: str) -> None:
+        """Put the operator's own token in the place of the device's, or where none is; durable on return.
+
+        A wrong password counts like a wrong PIN. A weakly protected file is encoded anew, so the password is
+        the new token's PIN and must be one that may be set.
+
+        Raises:
+            TokenRefusal: "token-bad-pin", "token-not-stored", and what `Attempts.try_pin` and `open_token`
+                raise; the old token then stays.
+        """
+        softtoken.check_new_pin(pin)
+
+        def put() -> None:
+            token = softtoken.open_token(p12, pin)
+            self._install(softtoken.reencode(token, pin) if softtoken.needs_upgrade(token) else p12, pin)
+
+        with self._changing(make=True):
+            if self._is_new():
+                self._attempts.reset()
+            self._attempts.try_pin(put)
+
+    def remove(self) -> None:
+        """Remove the token for good, with its counter; also where none is, or the rest of an interrupted one.
+
+        What it wrapped is lost. The blocks of the file are not overwritten, which flash would not do anyway:
+        they are as safe as the encrypted volume they lie on.
+
+        Raises:
+            TokenRefusal: "token-not-stored" if a file cannot be removed.
+        """
+        if not self._directory.is_dir():
+            return
+        with self._changing():
+            # The token first: a counter without a token harms nothing, a token without one is locked.
+            for path in (self._path, self._record_path, self._attempts_path):
+                self._remove(path)
+
+    @contextmanager
+    def _changing(self, *, make: bool = False) -> Iterator[None]:
+        """Hold the directory for one operation; `make` it if it is not there."""
+        with ExitStack() as held:
+            try:
+                if make and not self._directory.is_dir():
+                    self._directory.mkdir()
+                    self._directory.chmod(_DIRECTORY_MODE)  # whatever the umask
+                    _sync(self._directory.parent)
+                held.enter_context(self._attempts.exclusive())
+            except FileNotFoundError as exc:
+                raise not_stored(self._directory, exc) if make else _missing() from exc
+            except OSError as exc:
+                raise not_stored(self._directory, exc) from exc
+            yield
+
+    def _install(self, data: bytes, pin: str) -> None:
+        """Make `data` the token: first what describes it, beside what describes the present one."""
+        known = self._record()
+        try:
+            present = _sha256(self._read())
+        except TokenRefusal:
+            present = ""
+        kept = {digest: flag for digest, flag in known.items() if digest == present}
+        self._describe(kept | {_sha256(data): pin == DEVELOPMENT_PIN})
+        self._write(self._path, data)
+
+    def _describe(self, default_pin: dict[str, bool]) -> None:
+        text = json.dumps({"version": _VERSION, "default_pin": default_pin}).encode() + b"\n"
+        self._write(self._record_path, text)
+
+    def _record(self) -> dict[str, bool]:
+        """Which tokens, by SHA-256, have the development PIN or another; a damaged file knows nothing."""
+        try:
+            fd = openat2(self._record_path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                document = json.loads(read_limited(fd, _RECORD_LIMIT))
+            finally:
+                os.close(fd)
+            if document["version"] != _VERSION:
+                return {}
+            return {str(digest): flag for digest, flag in document["default_pin"].items() if flag in _FLAGS}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
+
+    def _tries_left(self) -> tuple[int, str | None]:
+        """Return the tries that are left, and the code of what there is to say about them."""
+        if self._is_new():
+            return self._limit, None
+        try:
+            left = self._attempts.remaining
+        except TokenRefusal as refusal:
+            return 0, refusal.code
+        return left, None if left else "token-locked"
+
+    def _is_new(self) -> bool:
+        """Whether there is neither a token nor a count."""
+        return not self._is_there() and not os.path.lexists(self._attempts_path)
+
+    def _is_there(self) -> bool:
+        """Whether anything has the token's name, readable or not."""
+        return os.path.lexists(self._path)
+
+    def _read(self) -> bytes:
+        try:
+            # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
+            fd = openat2(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise _unreadable("it is no regular file")
+                return read_limited(fd, softtoken.TOKEN_LIMIT)
+            finally:
+                os.close(fd)
+        except FileNotFoundError as exc:
+            raise _missing() from exc
+        except OSError as exc:
+            if exc.errno == errno.EFBIG:
+                raise softtoken.too_large(f"more than {softtoken.TOKEN_LIMIT} bytes") from exc
+            raise _unreadable(str(exc.strerror)) from exc
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            write_atomic(path, data, _MODE)
+        except OSError as exc:
+            raise not_stored(path, exc) from exc
+
+    def _remove(self, path: Path) -> None:
+        """Remove a file durably, and what an interrupted write of it may have left (`write_atomic`)."""
+        try:
+            path.unlink(missing_ok=True)
+            path.with_name(f".{path.name}.new").unlink(missing_ok=True)
+            _sync(path.parent)
+        except OSError as exc:
+            raise not_stored(path, exc) from exc
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _missing() -> TokenRefusal:
+    return TokenRefusal(
+        "token-missing",
+        "the device has no token",
+        evidence=TOKEN_NAME,
+        remedy="create one, or replace it by the operator's own",
+    )
+
+
+def _unreadable(evidence: str) -> TokenRefusal:
+    return TokenRefusal(
+        "token-unreadable",
+        "the token cannot be read",
+        evidence=f"{TOKEN_NAME}: {evidence}",
+        remedy="put the token's file back, or remove the token and set a new one up",
+    )
