@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure before use: what will run is extended into a PCR and logged before it is read for use.
+"""What the boot asks of the TPM: the provisioning marker, and to measure before use.
 
-The TPM is driven by a child process: it loads the TPM library (130-190 ms natively) while the manager
-reads firmware and disks, and keeps that library out of the manager for good. The two speak over a
-SOCK_SEQPACKET pair: one request, one reply, both JSON, at most `MESSAGE_LIMIT` bytes.
+What will run is extended into a PCR and logged before it is read for use.
+
+The TPM is driven by a child process until the core starts: it loads the TPM library (130-190 ms natively)
+while the manager reads firmware and disks, and keeps that library out of the manager for good. The two speak
+over a SOCK_SEQPACKET pair: one request, one reply, both JSON, at most `MESSAGE_LIMIT` bytes.
 
 PCR 13 is extended with TPM2_PCR_Event (TPM 2.0 Part 3, section 22.3), so every active bank gets its own
 digest of the same event data. Each digest the TPM reports must be the one we compute ourselves, and at least
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
-from trustme_init.errors import DeviceRefusal
+from trustme_init.errors import DeviceRefusal, Refusal
 from trustme_init.linux.files import write_all
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class Measurer:
             DeviceRefusal: "tpm-failed" when any event could not be extended; nothing may then be used.
         """
         for measurement in measurements:
-            digests = self._ask(measurement)
+            digests = self._measured(measurement)
             if not digests:
                 raise DeviceRefusal(
                     "tpm-no-bank",
@@ -89,24 +91,49 @@ class Measurer:
                     remedy="restart the device",
                 ) from exc
 
-    def _ask(self, measurement: Measurement) -> list[dict[str, str]]:
+    def marker(self) -> dict[str, Any]:
+        """Return what the NV index of the provisioning marker says, as `nv_marker.MarkerReading` in JSON.
+
+        Keys: state (absent, open, completed), locked; of a completed one device_uuid and record_sha256 (hex).
+
+        Raises:
+            DeviceRefusal: "tpm-failed", or what `nv_marker.read_marker` refuses ("marker-foreign").
+        """
+        reply = self._ask({"ask": "marker"}, "its provisioning marker")
+        if not isinstance(reply.get("marker"), dict):
+            raise _failed("its provisioning marker", f"an answer without one: {sorted(reply)}")
+        return dict(reply["marker"])
+
+    def _measured(self, measurement: Measurement) -> list[dict[str, str]]:
         """Have one event extended; return its digest in every strong bank."""
-        request = json.dumps({"event": measurement.event, "data": measurement.data}).encode()
+        reply = self._ask({"event": measurement.event, "data": measurement.data}, measurement.event)
         try:
-            # A child that has ended still has its last word in the socket, which is the reason we want.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._socket.send(request)
-            reply = json.loads(self._receive() or b'{"error": "the TPM process ended"}')
-            if "error" in reply:
-                raise _failed(measurement, str(reply["error"]))
             digests = {str(each["hashAlg"]): str(each["digest"]) for each in reply["digests"]}
-        except (OSError, ValueError, TypeError, KeyError) as exc:
-            raise _failed(measurement, f"{type(exc).__name__}: {exc}") from exc
+        except (TypeError, KeyError) as exc:
+            raise _failed(measurement.event, f"{type(exc).__name__}: {exc}") from exc
         event = event_data(measurement.event, measurement.data)
         for name, digest in digests.items():
             if name not in STRONG or hashlib.new(name, event).hexdigest() != digest:
-                raise _failed(measurement, f"the TPM reports another {name} digest than the event's")
+                raise _failed(measurement.event, f"the TPM reports another {name} digest than the event's")
         return [{"hashAlg": name, "digest": digest} for name, digest in digests.items()]
+
+    def _ask(self, request: dict[str, str], what: str) -> dict[str, Any]:
+        """Return the child's reply to one request; what it refuses is raised here."""
+        try:
+            # A child that has ended still has its last word in the socket, which is the reason we want.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._socket.send(json.dumps(request).encode())
+            reply: dict[str, Any] = json.loads(self._receive() or b'{"error": "the TPM process ended"}')
+            if "refusal" in reply:
+                said = reply["refusal"]
+                raise DeviceRefusal(
+                    said["code"], said["cause"], evidence=said["evidence"], remedy=said["remedy"]
+                )
+            if "error" in reply:
+                raise _failed(what, str(reply["error"]))
+        except (OSError, ValueError, TypeError, KeyError) as exc:
+            raise _failed(what, f"{type(exc).__name__}: {exc}") from exc
+        return reply
 
     def _receive(self) -> bytes:
         try:
@@ -137,10 +164,10 @@ class Measurer:
         self._pid = 0
 
 
-def _failed(measurement: Measurement, evidence: str) -> DeviceRefusal:
+def _failed(what: str, evidence: str) -> DeviceRefusal:
     return DeviceRefusal(
         "tpm-failed",
-        f"the TPM did not record {measurement.event}",
+        f"the TPM did not record or tell {what}",
         evidence=evidence,
         remedy=_REMEDY,
     )
@@ -176,13 +203,33 @@ def _serve(connection: socket.socket, tcti: str) -> NoReturn:
         with ESAPI(tcti) as esapi:
             banks = _active_banks(esapi)
             while request := connection.recv(MESSAGE_LIMIT):
-                connection.send(json.dumps(_extend(esapi, banks, json.loads(request))).encode())
+                connection.send(json.dumps(_answer(esapi, banks, json.loads(request))).encode())
     except Exception as exc:  # noqa: BLE001 - whatever the TPM library raises is the manager's evidence
         status = 1
         with contextlib.suppress(OSError):
             connection.send(json.dumps({"error": f"{type(exc).__name__}: {exc}"}).encode())
     finally:
         os._exit(status)
+
+
+def _answer(esapi: Any, banks: dict[int, str], request: dict[str, str]) -> dict[str, Any]:
+    if request.get("ask") != "marker":
+        return _extend(esapi, banks, request)
+    from trustme_init.tpm.nv_marker import read_marker
+
+    try:
+        reading = read_marker(esapi)
+    except Refusal as refusal:
+        return {"refusal": refusal.as_dict()}
+    content = reading.content
+    return {
+        "marker": {
+            "state": reading.state.value,
+            "locked": reading.locked,
+            "device_uuid": str(content.device_uuid) if content is not None else None,
+            "record_sha256": content.record_sha256.hex() if content is not None else "",
+        }
+    }
 
 
 def _active_banks(esapi: Any) -> dict[int, str]:
