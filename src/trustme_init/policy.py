@@ -20,6 +20,10 @@ POLICY_VERSION: Final = 1
 POLICY_LIMIT: Final = 64 * 1024
 MIB: Final = 1024 * 1024
 
+REQUIREMENTS: Final = ("device-certificate", "device-anchor", "guest-anchor", "token", "token-pin")
+"""What a build can demand before provisioning may be completed; `provisioning.requirements` judges them."""
+DEVICE_KEYS: Final = ("ecc-p256", "rsa-2048")
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -41,6 +45,14 @@ class Policy:
     """Go on, unmeasured, on a machine without a TPM. Development builds only."""
     device_timeout: float
     modules: tuple[str, ...]
+    requirements: frozenset[str]
+    """Names of REQUIREMENTS."""
+    device_key: str
+    """One of DEVICE_KEYS."""
+    pin_tries: int
+    """Wrong PINs until a token is locked, over all boots."""
+    self_provisioning: bool
+    """Make a device certificate and a token with the published PIN by itself. Development builds only."""
 
     @property
     def allows_insecure_boot(self) -> bool:
@@ -51,6 +63,11 @@ class Policy:
     def allows_missing_tpm(self) -> bool:
         """The rule as it is applied, likewise."""
         return self.development and self.allow_missing_tpm
+
+    @property
+    def provisions_itself(self) -> bool:
+        """The rule as it is applied, likewise."""
+        return self.development and self.self_provisioning
 
 
 def load(path: Path) -> Policy:
@@ -84,6 +101,7 @@ def parse(text: bytes) -> Policy:
     core = root.table("core")
     platform = root.table("platform")
     devices = root.table("devices")
+    provisioning = root.table("provisioning")
     console = core.optional_text("console")
     policy = Policy(
         development=development,
@@ -98,16 +116,21 @@ def parse(text: bytes) -> Policy:
         allow_missing_tpm=platform.boolean("allow_missing_tpm"),
         device_timeout=float(devices.integer("timeout_s", 1, 600)),
         modules=devices.texts("modules"),
+        requirements=provisioning.names("require", REQUIREMENTS),
+        device_key=provisioning.name("device_key", DEVICE_KEYS),
+        pin_tries=provisioning.integer("pin_tries", 3, 100),
+        self_provisioning=provisioning.boolean("self_provisioning"),
     )
-    for table in (core, platform, devices, root):
+    for table in (core, platform, devices, provisioning, root):
         table.finish()
     if not development:
         for name, allowed in (
-            ("allow_insecure_boot", policy.allow_insecure_boot),
-            ("allow_missing_tpm", policy.allow_missing_tpm),
+            ("platform.allow_insecure_boot", policy.allow_insecure_boot),
+            ("platform.allow_missing_tpm", policy.allow_missing_tpm),
+            ("provisioning.self_provisioning", policy.self_provisioning),
         ):
             if allowed:
-                raise _malformed(f"platform.{name} is for development builds only")
+                raise _malformed(f"{name} is for development builds only")
     return policy
 
 
@@ -147,6 +170,18 @@ class _Table:
         if not all(isinstance(value, str) for value in values):
             raise _malformed(f"{self._prefix}{key}: expected a list of strings")
         return tuple(values)
+
+    def name(self, key: str, known: tuple[str, ...]) -> str:
+        value = self.text(key)
+        if value not in known:
+            raise _malformed(f"{self._prefix}{key}: {value!a} is none of {', '.join(known)}")
+        return value
+
+    def names(self, key: str, known: tuple[str, ...]) -> frozenset[str]:
+        values = self.texts(key)
+        if len({*values}) != len(values) or not {*values} <= {*known}:
+            raise _malformed(f"{self._prefix}{key}: expected each at most once of {', '.join(known)}")
+        return frozenset(values)
 
     def boolean(self, key: str) -> bool:
         value: bool = self._take(key, bool)

@@ -62,6 +62,11 @@ allow_missing_tpm = {no_tpm}
 [devices]
 timeout_s = 1
 modules = []
+[provisioning]
+require = {require}
+device_key = "{device_key}"
+pin_tries = 10
+self_provisioning = {self_provisioning}
 """
 
 
@@ -131,7 +136,15 @@ class Device:
     def write_policy(self, **changes: Any) -> None:
         """Write the policy file the signed boot image would carry."""
         self.policy |= changes
-        values = {"development": "false", "insecure": "false", "no_tpm": "false", "start_timeout": 60}
+        values = {
+            "development": "false",
+            "insecure": "false",
+            "no_tpm": "false",
+            "start_timeout": 60,
+            "require": json.dumps(["device-certificate", "device-anchor", "guest-anchor", "token"]),
+            "device_key": "ecc-p256",
+            "self_provisioning": "false",
+        }
         self.policy_file.write_text(POLICY.format(**{**values, **self.policy}))
 
     def set_firmware(
@@ -332,6 +345,19 @@ class Boot:
         """Send one command over a connection of its own and return the reply."""
         with self.control() as control:
             return control.request(ControllerToDaemon(command=command))
+
+    def data(self, inside: str) -> Path:
+        """Return a path of the data volume as seen from here."""
+        return self.path(str(self.device.directory / "work/data")) / inside
+
+    def wait_prepared(self) -> str:
+        """Wait until the device is ready to be provisioned; return its UUID."""
+        return self.wait_for(r"is ready to be provisioned").split()[2]
+
+    def request(self, command: ControllerToDaemon.Command.ValueType, **fields: Any) -> DaemonToController:
+        """Send one request over a connection of its own and return the reply."""
+        with self.control() as control:
+            return control.request(ControllerToDaemon(command=command, **fields))
 
     def processes(self) -> dict[int, str]:
         """Return host pid → command line of every process in the sandbox, containers included."""

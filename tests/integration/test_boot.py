@@ -39,7 +39,7 @@ def test_a_first_boot_reaches_running_and_reports(device: Make) -> None:
         assert report["mode"] == {
             "value": "provisioning",
             "why": "provisioning was never completed",
-            "source": "file on the data volume",
+            "source": "TPM NV index",
         }
         assert report["storage"]["created"] is True
         config = boot.device.factory.store / "operatingsystems/trustme-coreos-10.conf"
@@ -73,25 +73,6 @@ def test_the_second_boot_keeps_the_data_volume(device: Make) -> None:
         assert (boot.path(boot.report["storage"]["data"]) / "kept").read_text() == "yes"
 
 
-def test_the_mode_is_operational_once_the_marker_is_there(device: Make) -> None:
-    target = device()
-    with target.boot() as boot:
-        boot.wait_running()
-        marker = boot.path(boot.report["storage"]["data"]) / "cml/_cml_provisioned_"
-        marker.parent.mkdir()
-        marker.touch()
-        os.sync()
-        boot.ask(Request.REBOOT_DEVICE)
-        boot.wait_end()
-    with target.boot() as boot:
-        boot.wait_running()
-        assert boot.report["mode"]["value"] == "operational"
-        reply = boot.ask(Request.GET_PROVISIONED)
-        assert reply.device_is_provisioned is True
-        reply = boot.ask(Request.SET_PROVISIONED)
-        assert reply.response == Reply.CMD_UNSUPPORTED
-
-
 def test_what_will_run_is_measured(device: Make) -> None:
     with device().boot() as boot:
         boot.wait_running()
@@ -102,7 +83,7 @@ def test_what_will_run_is_measured(device: Make) -> None:
             events.append(content["event"])
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
             value = hashlib.sha256(value + digest).digest()
-        assert events == ["mode", "core-anchors", "core-config", "core-image"]
+        assert events == ["build", "mode", "core-anchors", "core-config", "core-image"]
         assert boot.tpm.pcr(13) == value.hex()
 
 

@@ -28,11 +28,14 @@ allow_missing_tpm = true
 [devices]
 timeout_s = 60
 modules = ["virtio_blk"]
+[provisioning]
+require = ["device-certificate", "token"]
+device_key = "ecc-p256"
+pin_tries = 10
+self_provisioning = true
 """
-PRODUCTION = GOOD.replace("development = true", "development = false").replace(
-    "allow_insecure_boot = true\nallow_missing_tpm = true",
-    "allow_insecure_boot = false\nallow_missing_tpm = false",
-)
+LENIENT = ("allow_insecure_boot", "allow_missing_tpm", "self_provisioning")
+PRODUCTION = GOOD.replace("= true", "= false")
 
 
 def refusal(text: str) -> PolicyRefusal:
@@ -51,6 +54,10 @@ def test_reads_every_key() -> None:
     assert parsed.allows_insecure_boot
     assert parsed.allows_missing_tpm
     assert parsed.modules == ("virtio_blk",)
+    assert parsed.requirements == {"device-certificate", "token"}
+    assert parsed.device_key == "ecc-p256"
+    assert parsed.pin_tries == 10
+    assert parsed.provisions_itself
 
 
 def test_console_is_optional() -> None:
@@ -64,13 +71,13 @@ def test_a_missing_key_is_refused_by_name(line: str) -> None:
     assert line.split(" =", maxsplit=1)[0] in refusal(GOOD.replace(line, "")).evidence
 
 
-@pytest.mark.parametrize("table", ["", "core", "platform", "devices"])
+@pytest.mark.parametrize("table", ["", "core", "platform", "devices", "provisioning"])
 def test_an_unknown_key_is_refused_by_name(table: str) -> None:
     text = f"unknown = 1\n{GOOD}" if not table else GOOD.replace(f"[{table}]", f"[{table}]\nunknown = 1")
     assert refusal(text).evidence.endswith(f"{table}.unknown" if table else "unknown")
 
 
-@pytest.mark.parametrize("rule", ["allow_insecure_boot", "allow_missing_tpm"])
+@pytest.mark.parametrize("rule", LENIENT)
 def test_a_production_build_cannot_be_lenient(rule: str) -> None:
     assert policy.parse(PRODUCTION.encode()).development is False
     assert rule in refusal(PRODUCTION.replace(f"{rule} = false", f"{rule} = true")).evidence
@@ -82,6 +89,9 @@ def test_a_wrong_type_is_refused() -> None:
     refusal(GOOD.replace("pids_max = 256", "pids_max = true"))
     refusal(GOOD.replace("version = 1", "version = 2"))
     refusal(GOOD.replace("00:00:00Z", "00:00:00"))
+    refusal(GOOD.replace('"token"]', '"tokens"]'))
+    refusal(GOOD.replace('"token"]', '"token", "token"]'))
+    refusal(GOOD.replace("ecc-p256", "ecc-p192"))
     refusal("x" * (policy.POLICY_LIMIT + 1))
 
 

@@ -24,16 +24,19 @@ from trustme_init.trust.guestos import CONFIG_LIMIT, VerifiedGuestOs, verify_gue
 from trustme_init.trust.selection import Candidate, choose
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trustme_init.boot.platform import PlatformFact
     from trustme_init.machine import Machine
     from trustme_init.policy import Policy
-    from trustme_init.provisioning.marker import ModeFact
+    from trustme_init.provisioning.mode import ModeFact
     from trustme_init.trust.anchors import AnchorSet
 
 SIGNATURE_LIMIT: Final = 4096
 CERTIFICATE_LIMIT: Final = 64 * 1024
 _SUFFIXES: Final = {".conf": CONFIG_LIMIT, ".sig": SIGNATURE_LIMIT, ".cert": CERTIFICATE_LIMIT}
 GUESTOS_DIR: Final = "operatingsystems"
+MEASUREMENT_LOG: Final = "measurements.cel"
 IGNORED_LIMIT: Final = 32
 """Names in the boot report: a store can be written by others, and the report lives in memory."""
 
@@ -120,25 +123,22 @@ def candidates(root: int) -> list[Candidate]:
     return found
 
 
-def measure(
-    machine: Machine,
-    measurer: Measurer | None,
-    core: CoreFact,
-    platform: PlatformFact,
-    mode: ModeFact,
-) -> None:
+def measure(machine: Machine, measurer: Measurer | None, events: Sequence[Measurement]) -> None:
     """Extend what is about to be used into the TPM; DeviceRefusal("tpm-failed") stops the boot."""
     if measurer is not None:
         with measurer:
-            measurer.extend(measurements(core, platform, mode), machine.run / "measurements.cel")
+            measurer.extend(events, machine.run / MEASUREMENT_LOG)
 
 
-def measurements(core: CoreFact, platform: PlatformFact, mode: ModeFact) -> tuple[Measurement, ...]:
-    """Return the events of this boot in order: mode, anchors, configuration, images."""
+def measurements(
+    core: CoreFact, platform: PlatformFact, mode: ModeFact, *, development: bool
+) -> tuple[Measurement, ...]:
+    """Return the events of this boot in order: kind of build, mode, anchors, configuration, images."""
     anchors = "".join(sorted(anchor.sha256_fingerprint for anchor in platform.anchors.anchors))
     verified = core.verified
     return (
-        Measurement("mode", mode.mode.value),
+        Measurement("build", "development" if development else "production"),
+        Measurement("mode", mode.measured),
         Measurement("core-anchors", hashlib.sha256(anchors.encode()).hexdigest()),
         Measurement("core-config", f"{verified.guest_os.stem} {verified.config_digest.hex()}"),
         *(

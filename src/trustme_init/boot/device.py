@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,16 @@ from trustme_init.control.dispatch import Dispatcher
 from trustme_init.control.loop import Loop, Timer
 from trustme_init.control.server import ControlServer
 from trustme_init.control.service import ServiceCallbacks, ServiceServer
-from trustme_init.control.state import ContainerView, DeviceStatsView, GuestOsView, LogFile
-from trustme_init.errors import CompartmentRefusal, DeviceRefusal
+from trustme_init.control.state import Answered, ContainerView, DeviceStatsView, GuestOsView, LogFile
+from trustme_init.control.throttle import ThrottledLog
+from trustme_init.errors import CompartmentRefusal, DeviceRefusal, Refusal
 from trustme_init.linux.files import write_atomic
 from trustme_init.linux.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, umount
 from trustme_init.proto.container_pb2 import ContainerState
-from trustme_init.provisioning.marker import FileMarker, Mode, ModeFact, decide
+from trustme_init.provisioning.layout import Layout
+from trustme_init.provisioning.marker import decide
+from trustme_init.provisioning.mode import Mode, ModeFact
+from trustme_init.provisioning.vault import Outcome, Vault
 from trustme_init.trust.guestos import images_of, parse_config
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from trustme_init.machine import Machine
     from trustme_init.policy import Policy
     from trustme_init.proto.guestos_pb2 import GuestOSConfig
+    from trustme_init.provisioning.service import ProvisioningService
 
 CONTROL_SOCKET: Final = "cml-control"
 SERVICE_SOCKET: Final = "cml-service"
@@ -101,6 +106,8 @@ class Device:
         self._service: ServiceServer | None = None
         self._deadline: Timer | None = None
         self._outcome: str | None = None
+        self._vault = Vault(self._loop, self._make_service)
+        self._vault_log = ThrottledLog(console.note, "vault")
 
     # The two ways in: a first hand-off, or a restarted manager.
 
@@ -135,13 +142,27 @@ class Device:
                 evidence=f"manager start {self._report.manager_starts}",
                 remedy="read the core container's log of this boot",
             )
-        self._serve_sockets(spec, config, decide(FileMarker(self._machine.data), FileMarker.source))
+        self._serve_sockets(spec, config, self._mode_now())
         self._watch(compartment)
+
+    def _mode_now(self) -> ModeFact:
+        """Decide the mode anew, as the stages do: what an earlier manager knew may have changed since."""
+        from trustme_init.boot.devices import start_measurer
+        from trustme_init.boot.storage import read_marker
+
+        measurer = start_measurer(self._machine)
+        if measurer is None:
+            if not self._policy.allows_missing_tpm:
+                raise DeviceRefusal("tpm-missing", "the TPM is gone", remedy="restart the device")
+            return decide(None, self._machine.data)
+        with measurer:
+            return decide(read_marker(measurer), self._machine.data)
 
     def serve(self) -> str:
         """Run until the device is to be rebooted; return REBOOT."""
         while self._outcome is None:
             self._loop.turn()
+        self._vault.close()
         self._report.write(self._machine.report)
         return self._outcome
 
@@ -201,6 +222,7 @@ class Device:
         self._report.facts["running_ms"] = round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1)
         self._report.write(self._machine.report)
         self._console.line("core container RUNNING")
+        self._prepare()
 
     def _start_timed_out(self) -> None:
         if self._core is not None:
@@ -249,13 +271,71 @@ class Device:
             self._deadline.cancel()
             self._deadline = None
 
+    # Provisioning: what the vault is given to do.
+
+    def _make_service(self) -> ProvisioningService:
+        """Run in the vault's process: what it needs is imported and read there."""
+        from trustme_init.boot import platform
+        from trustme_init.provisioning.service import ProvisioningService, Surroundings
+
+        mode = self._known_mode()
+        return ProvisioningService(
+            Surroundings(
+                data=self._machine.data,
+                tcti=self._machine.tcti if mode.from_tpm else None,
+                policy=self._policy,
+                core_anchors=platform.read(self._machine.efivars, self._policy).anchors,
+                mode=mode,
+            )
+        )
+
+    def _prepare(self) -> None:
+        """Have made what a device in provisioning needs, or finished what a power cut came into."""
+        mode = self._known_mode()
+        if mode.mode is Mode.PROVISIONING:
+            self.vault("prepare", {}, self._prepared)
+        elif not mode.locked or not Layout(self._machine.data).marker.exists():
+            self.vault("settle", {}, self._prepared)
+
+    def _prepared(self, result: Mapping[str, Any], refusal: Refusal | None) -> None:
+        if refusal is not None:
+            self._console.line(f"provisioning: {refusal}")
+        elif "device_uuid" in result:
+            self._console.line(f"device {result['device_uuid']} is ready to be provisioned")
+
+    def vault(self, operation: str, arguments: Mapping[str, str | bytes], done: Answered) -> None:
+        """Have the vault do something; a completion changes the mode before anybody hears of it."""
+
+        def answered(outcome: Outcome) -> None:
+            if outcome.refusal is not None:
+                self._vault_log(f"{operation}: {outcome.refusal}")
+            elif operation == "complete":
+                self._completed(outcome.result)
+            done(outcome.result, outcome.refusal)
+
+        self._vault.submit(operation, arguments, answered)
+
+    def _completed(self, result: Mapping[str, Any]) -> None:
+        self._mode = ModeFact(
+            Mode.OPERATIONAL,
+            "provisioning was completed",
+            str(result["source"]),
+            bytes.fromhex(result["record_sha256"]),
+        )
+        self._report.facts.update(self._mode.as_dict())
+        self._report.write(self._machine.report)
+        self._console.line("provisioning completed: operational mode")
+
+    def _known_mode(self) -> ModeFact:
+        if self._mode is None:
+            raise DeviceRefusal("mode-unknown", "the mode was asked for before it was decided")
+        return self._mode
+
     # DeviceState: what the control handlers see.
 
     def mode(self) -> Mode:
-        """Return the mode of this boot."""
-        if self._mode is None:
-            raise DeviceRefusal("mode-unknown", "the mode was asked for before it was decided")
-        return self._mode.mode
+        """Return the present mode."""
+        return self._known_mode().mode
 
     def containers(self) -> Sequence[ContainerView]:
         """Return the core; containers beside it come with their own issue."""

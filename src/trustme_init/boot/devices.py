@@ -55,7 +55,7 @@ def wait(machine: Machine, policy: Policy) -> DevicesFact:
     with UeventSocket() as events:
         _load(machine, policy.modules)
         _mount_firmware(machine)
-        measurer = _measurer(machine)
+        measurer = start_measurer(machine)
         missing = _missing(machine, policy, measurer)
         while missing is not None:
             left = deadline - time.monotonic()
@@ -66,7 +66,7 @@ def wait(machine: Machine, policy: Policy) -> DevicesFact:
             if alias:
                 modules.load([alias])
             if measurer is None:
-                measurer = _measurer(machine)
+                measurer = start_measurer(machine)
             missing = _missing(machine, policy, measurer)
     return DevicesFact(find_store(machine), measurer, (time.monotonic() - started) * 1000)
 
@@ -95,7 +95,7 @@ def _tpm_node(machine: Machine) -> Path | None:
     return Path(machine.tcti.removeprefix(_DEVICE_TCTI)) if machine.tcti.startswith(_DEVICE_TCTI) else None
 
 
-def _measurer(machine: Machine) -> Measurer | None:
+def start_measurer(machine: Machine) -> Measurer | None:
     """Start the TPM's child as early as its device is there, so that it loads while we go on."""
     node = _tpm_node(machine)
     if node is not None and not node.is_char_device():

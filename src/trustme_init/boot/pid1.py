@@ -21,7 +21,7 @@ from trustme_init.boot.console import REBOOT_DELAY, Console, boottime_ms
 from trustme_init.boot.stages import EARLY, stage_line
 from trustme_init.errors import DeviceRefusal
 from trustme_init.linux.mount import MNT_DETACH, umount
-from trustme_init.linux.process import RB_AUTOBOOT, RB_POWER_OFF, reboot
+from trustme_init.linux.process import RB_AUTOBOOT, RB_POWER_OFF, reboot, set_dumpable
 
 if TYPE_CHECKING:
     from trustme_init.machine import Machine
@@ -193,6 +193,7 @@ def _become_manager(machine: Machine, console: Console, started: float, took: fl
     try:
         os.setpgid(0, 0)  # what it starts and leaves behind is then found by this number
         _prefer_to_live()
+        set_dumpable(enabled=False)  # PINs pass through its memory
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         from trustme_init.boot import manager
 

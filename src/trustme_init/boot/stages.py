@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trustme_init.boot.storage import StorageFact
     from trustme_init.machine import Machine
     from trustme_init.policy import Policy
-    from trustme_init.provisioning.marker import ModeFact
+    from trustme_init.provisioning.mode import ModeFact
 
 
 class Facts:
@@ -102,13 +102,13 @@ def _platform(facts: Facts) -> PlatformFact:
 def _storage(facts: Facts) -> StorageFact:
     from trustme_init.boot import storage
 
-    return storage.open_volumes(facts.machine, facts.devices.store)
+    return storage.open_volumes(facts.machine, facts.devices.store, facts.devices.measurer)
 
 
 def _mode(facts: Facts) -> ModeFact:
-    from trustme_init.provisioning.marker import FileMarker, decide
+    from trustme_init.boot import mode
 
-    return decide(FileMarker(facts.storage.data), FileMarker.source)
+    return mode.decide(facts.machine, facts.storage, facts.devices.measurer)
 
 
 def _core(facts: Facts) -> CoreFact:
@@ -119,7 +119,11 @@ def _core(facts: Facts) -> CoreFact:
     verified = core.verify(
         facts.storage.store, facts.policy, facts.platform.anchors, rtc=datetime.now(tz=UTC)
     )
-    core.measure(facts.machine, facts.devices.measurer, verified, facts.platform, facts.mode)
+    core.measure(
+        facts.machine,
+        facts.devices.measurer,
+        core.measurements(verified, facts.platform, facts.mode, development=facts.policy.development),
+    )
     return verified
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage `storage`: the store read-only, the data volume opened or, on first boot, created."""
+"""Stage `storage`: the store read-only, the data volume opened or, on first boot, created.
+
+A device whose TPM says that it was provisioned has a data volume: there, none is ever made.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trustme_init.provisioning.marker import NvReading, NvState, provisioned_data_missing
 from trustme_init.storage.volumes import PlainExt4DataVolume, StorePartition, mount_store
 
 if TYPE_CHECKING:
     from trustme_init.machine import Machine
+    from trustme_init.tpm.measure import Measurer
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +25,28 @@ class StorageFact:
     store: Path
     data: Path
     data_created: bool
+    marker: NvReading | None
+    """What the TPM says of provisioning; None on a machine without one."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the boot report's form."""
         return {"storage": {"store": str(self.store), "data": str(self.data), "created": self.data_created}}
 
 
-def open_volumes(machine: Machine, partition: StorePartition) -> StorageFact:
-    """Mount both volumes; StorageRefusal names what is missing, foreign or damaged."""
+def open_volumes(machine: Machine, partition: StorePartition, measurer: Measurer | None) -> StorageFact:
+    """Mount both volumes; StorageRefusal names what is missing, foreign or damaged.
+
+    "provisioned-data-missing" where the TPM knows of a data volume and there is none.
+    """
     mount_store(machine, partition)
-    data = PlainExt4DataVolume(machine).open_or_create(partition.disk)
-    return StorageFact(machine.store, data.path, data.created)
+    marker = read_marker(measurer)
+    volume = PlainExt4DataVolume(machine)
+    if marker is not None and marker.state is NvState.COMPLETED and not volume.exists(partition.disk):
+        raise provisioned_data_missing(f"{partition.disk} has no complete data volume")
+    data = volume.open_or_create(partition.disk)
+    return StorageFact(machine.store, data.path, data.created, marker)
+
+
+def read_marker(measurer: Measurer | None) -> NvReading | None:
+    """Ask the TPM for the provisioning marker; None on a machine without one."""
+    return None if measurer is None else NvReading.from_tpm(measurer.marker())

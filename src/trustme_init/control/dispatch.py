@@ -17,12 +17,12 @@ from google.protobuf.message import DecodeError
 
 from trustme_init.control import gate
 from trustme_init.control.framing import REPLY_LIMIT
-from trustme_init.control.handlers import containers, device, guestos, logs
+from trustme_init.control.handlers import containers, device, guestos, logs, provisioning, tokens
 from trustme_init.control.handlers.reply import Context, Handler, Replies, response
 from trustme_init.control.screen import screen_request
 from trustme_init.control.state import DeviceState
 from trustme_init.control.throttle import Log, ThrottledLog
-from trustme_init.control.transport import Answer, Flush
+from trustme_init.control.transport import Answer, Flush, Wait
 from trustme_init.errors import ControlRefusal
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController
@@ -38,8 +38,29 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     Request.GET_DEVICE_STATS: device.stats,
     Request.REBOOT_DEVICE: device.reboot,
     Request.GET_PROVISIONED: device.provisioned,
+    Request.WIPE_DEVICE: device.wipe,
+    Request.DESTROY_SYSTEM: device.destroy,
     Request.CONTAINER_START: containers.start,
     Request.CONTAINER_STOP: containers.stop,
+    Request.GET_PROVISIONING_STATUS: provisioning.status,
+    Request.SET_PROVISIONED: provisioning.complete,
+    Request.PULL_DEVICE_CSR: provisioning.pull_csr,
+    Request.PUSH_DEVICE_CERT: provisioning.push_certificate,
+    Request.REGISTER_NEWCA: provisioning.register("guest"),
+    Request.REGISTER_LOCALCA: provisioning.register("local"),
+    Request.REGISTER_DEVICE_CA: provisioning.register("device"),
+    Request.LIST_AUTHORITIES: provisioning.authorities,
+    Request.REMOVE_AUTHORITY: provisioning.remove_authority,
+    Request.VERIFY_DEVICE_CERT: provisioning.verify_certificate,
+    Request.VERIFY_GUESTOS: provisioning.verify_guestos,
+    Request.ACTIVATE_CREDENTIAL: provisioning.activate,
+    Request.GET_TOKEN_STATUS: tokens.status,
+    Request.CREATE_TOKEN: tokens.create,
+    Request.UNLOCK_TOKEN: tokens.unlock,
+    Request.REPLACE_TOKEN: tokens.replace,
+    Request.REMOVE_TOKEN: tokens.remove,
+    Request.CHANGE_DEVICE_PIN: tokens.change_device_pin,
+    Request.CONTAINER_CHANGE_TOKEN_PIN: tokens.change_container_pin,
 }
 
 NOT_YET: Final = frozenset(
@@ -48,14 +69,7 @@ NOT_YET: Final = frozenset(
         Request.RELOAD_CONTAINERS,
         Request.CREATE_CONTAINER,
         Request.REMOVE_CONTAINER,
-        Request.REGISTER_LOCALCA,
-        Request.REGISTER_NEWCA,
         Request.REMOVE_GUESTOS,
-        Request.WIPE_DEVICE,
-        Request.SET_PROVISIONED,
-        Request.DESTROY_SYSTEM,
-        Request.PULL_DEVICE_CSR,
-        Request.PUSH_DEVICE_CERT,
         Request.CONTAINER_FREEZE,
         Request.CONTAINER_UNFREEZE,
         Request.CONTAINER_WIPE,
@@ -68,7 +82,6 @@ NOT_YET: Final = frozenset(
         Request.CONTAINER_EXEC_CMD,
         Request.CONTAINER_EXEC_INPUT,
         Request.CONTAINER_UPDATE_CONFIG,
-        Request.CONTAINER_CHANGE_TOKEN_PIN,
         Request.CONTAINER_CMLD_HANDLES_PIN,
         Request.CONTAINER_DEV_ACCESS,
     }
@@ -113,7 +126,7 @@ class Dispatcher:
 
             with closing(handler(Context(self._state, request, later))) as replies:
                 for reply in replies:
-                    if isinstance(reply, Flush):
+                    if isinstance(reply, Flush | Wait):
                         yield reply
                     else:
                         body = _serialise(reply)

@@ -17,7 +17,7 @@ import enum
 from typing import Final, NamedTuple
 
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
-from trustme_init.provisioning.marker import Mode
+from trustme_init.provisioning.mode import Mode
 
 
 class Socket(enum.Enum):
@@ -62,7 +62,7 @@ GATE: Final = (
     Rule(Request.DESTROY_SYSTEM, ALWAYS),
     Rule(Request.PULL_DEVICE_CSR, PROVISIONING),
     Rule(Request.PUSH_DEVICE_CERT, PROVISIONING),
-    Rule(Request.CHANGE_DEVICE_PIN, NEVER, NEVER, "deprecated in the original"),
+    Rule(Request.CHANGE_DEVICE_PIN, ALWAYS, NEVER, "of the device's token; deprecated in the original"),
     Rule(Request.CONTAINER_START, ALWAYS),
     Rule(Request.CONTAINER_STOP, ALWAYS),
     Rule(Request.CONTAINER_SWITCH, NEVER, NEVER, "never answered in the original"),
@@ -81,6 +81,18 @@ GATE: Final = (
     Rule(Request.CONTAINER_CHANGE_TOKEN_PIN, ALWAYS),
     Rule(Request.CONTAINER_CMLD_HANDLES_PIN, ALWAYS),
     Rule(Request.CONTAINER_DEV_ACCESS, PROVISIONING),
+    Rule(Request.GET_PROVISIONING_STATUS, ALWAYS, NEVER, "ours, as all from here on"),
+    Rule(Request.LIST_AUTHORITIES, ALWAYS),
+    Rule(Request.REMOVE_AUTHORITY, PROVISIONING),
+    Rule(Request.REGISTER_DEVICE_CA, PROVISIONING),
+    Rule(Request.VERIFY_DEVICE_CERT, ALWAYS),
+    Rule(Request.ACTIVATE_CREDENTIAL, PROVISIONING),
+    Rule(Request.VERIFY_GUESTOS, ALWAYS),
+    Rule(Request.GET_TOKEN_STATUS, ALWAYS),
+    Rule(Request.CREATE_TOKEN, PROVISIONING),
+    Rule(Request.UNLOCK_TOKEN, ALWAYS),
+    Rule(Request.REPLACE_TOKEN, PROVISIONING),
+    Rule(Request.REMOVE_TOKEN, PROVISIONING),
 )
 
 _RULES: Final = {rule.command: rule for rule in GATE}

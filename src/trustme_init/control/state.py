@@ -2,19 +2,21 @@
 """What the control handlers may know and ask of the device: the manager implements `DeviceState`.
 
 All calls are synchronous and short (no I/O that can wait on a peer): they run between two turns of the loop.
+What takes longer is given to the vault, which answers later.
 Any of them may raise a Refusal; the client then gets CMD_FAILED and the log gets the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from trustme_init.errors import Refusal
 from trustme_init.proto import container_pb2 as container
 from trustme_init.proto.guestos_pb2 import GuestOSConfig
-from trustme_init.provisioning.marker import Mode
+from trustme_init.provisioning.mode import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,10 @@ class LogFile:
     source: Path | bytes
 
 
+Answered = Callable[[Mapping[str, Any], Refusal | None], None]
+"""Takes what the vault returned, and why it returned nothing."""
+
+
 class DeviceState(Protocol):
     """The device as the control interface sees it."""
 
@@ -102,6 +108,10 @@ class DeviceState(Protocol):
 
     def stats(self) -> DeviceStatsView:
         """Return disk and memory figures."""
+        ...
+
+    def vault(self, operation: str, arguments: Mapping[str, str | bytes], done: Answered) -> None:
+        """Have one of `provisioning.service.OPERATIONS` done; `done` is called once, later or at once."""
         ...
 
     def request_reboot(self) -> None:

@@ -5,6 +5,7 @@ Rules (threat row 34):
 
 - Every request ends in an answer or a closed connection.
 - One request per connection and loop turn; a connection whose answer is not fully handed out is not read.
+- What takes long is done elsewhere: an answer that waits for it holds up its own connection only.
 - Everything a client can make grow or last is in `Limits`; passing a limit costs that client its connection.
 - When there are too many connections, the process that holds most of them loses the one it used least
   recently: a newcomer always gets in, and whoever is in the middle of a request stays.
@@ -51,7 +52,18 @@ class Flush(enum.Enum):
 
 FLUSH: Final = Flush.FLUSH
 
-Answer = Generator[bytes | Flush, None, None]
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """An answer yields a Wait to go on when something outside the loop is done.
+
+    `start` is called at once, with what is to be called, once, when that is so; it may be called from within.
+    """
+
+    start: Callable[[Callable[[], None]], None]
+
+
+Answer = Generator[bytes | Flush | Wait, None, None]
 """What one request gets: bodies, made one by one as the client takes them."""
 
 
@@ -96,6 +108,7 @@ class Connection:
         "reading",
         "running",
         "sock",
+        "waiting",
     )
 
     def __init__(self, server: FrameServer, sock: socket.socket, pid: int) -> None:
@@ -115,6 +128,7 @@ class Connection:
         self.running = False
         self.eof = False
         self.closed = False
+        self.waiting = False
 
     @property
     def busy(self) -> bool:
@@ -276,8 +290,8 @@ class FrameServer:
             return
         if connection.answer is not None or connection.pending:
             self._read_no_more(connection)
-            if not connection.out:
-                self._soon(connection)  # otherwise the writer takes it from here
+            if not connection.out and not connection.waiting:
+                self._soon(connection)  # otherwise the writer, or what it waits for, takes it from here
         elif not connection.eof:
             self._read_on(connection)
         elif not connection.out:
@@ -295,7 +309,7 @@ class FrameServer:
 
     def _pump(self, connection: Connection) -> None:
         answer = connection.answer
-        while answer is not None and connection.out_bytes < self.limits.queued:
+        while answer is not None and not connection.waiting and connection.out_bytes < self.limits.queued:
             if connection.flushing and connection.out:
                 return
             connection.flushing = False
@@ -312,8 +326,16 @@ class FrameServer:
                 connection.last_used = time.monotonic()
             elif isinstance(part, Flush):
                 connection.flushing = True
+            elif isinstance(part, Wait):
+                connection.waiting = True
+                part.start(lambda: self._resume_answer(connection))
             else:
                 self._queue(connection, part)
+
+    def _resume_answer(self, connection: Connection) -> None:
+        connection.waiting = False
+        if not connection.closed:
+            self._soon(connection)
 
     # Writing
 

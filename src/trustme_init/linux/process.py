@@ -39,6 +39,7 @@ RB_DISABLE_CAD: Final = 0
 _REBOOT_MAGIC1: Final = 0xFEE1DEAD
 _REBOOT_MAGIC2: Final = 672274793
 
+_PR_SET_DUMPABLE: Final = 4
 _PR_CAPBSET_READ: Final = 23
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -92,6 +93,11 @@ def close_range(first: int, last: int = LAST_FD, flags: int = 0) -> None:
 def set_child_subreaper(*, enabled: bool) -> None:
     """Whether orphaned descendants become children of the calling process (not inherited by fork)."""
     syscall(SYS_prctl, _PR_SET_CHILD_SUBREAPER, int(enabled), 0, 0, 0, filename="PR_SET_CHILD_SUBREAPER")
+
+
+def set_dumpable(*, enabled: bool) -> None:
+    """Whether the process leaves core dumps, and may be traced or its memory read by others of its user."""
+    syscall(SYS_prctl, _PR_SET_DUMPABLE, int(enabled), 0, 0, 0, filename="PR_SET_DUMPABLE")
 
 
 def bounding_set() -> set[int]:

@@ -23,6 +23,21 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _AnchorPurpose:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AnchorPurposeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_AnchorPurpose.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GUEST_ANCHOR: _AnchorPurpose.ValueType  # 1
+    DEVICE_ANCHOR: _AnchorPurpose.ValueType  # 2
+
+class AnchorPurpose(_AnchorPurpose, metaclass=_AnchorPurposeEnumTypeWrapper): ...
+
+GUEST_ANCHOR: AnchorPurpose.ValueType  # 1
+DEVICE_ANCHOR: AnchorPurpose.ValueType  # 2
+Global___AnchorPurpose: typing_extensions.TypeAlias = AnchorPurpose
+
 @typing.final
 class ContainerStartParams(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -117,6 +132,19 @@ class ControllerToDaemon(google.protobuf.message.Message):
         CONTAINER_CHANGE_TOKEN_PIN: ControllerToDaemon._Command.ValueType  # 116
         CONTAINER_CMLD_HANDLES_PIN: ControllerToDaemon._Command.ValueType  # 117
         CONTAINER_DEV_ACCESS: ControllerToDaemon._Command.ValueType  # 118
+        GET_PROVISIONING_STATUS: ControllerToDaemon._Command.ValueType  # 300
+        """From 300 on: ours. A server of the original answers CMD_UNSUPPORTED."""
+        LIST_AUTHORITIES: ControllerToDaemon._Command.ValueType  # 301
+        REMOVE_AUTHORITY: ControllerToDaemon._Command.ValueType  # 302
+        REGISTER_DEVICE_CA: ControllerToDaemon._Command.ValueType  # 303
+        VERIFY_DEVICE_CERT: ControllerToDaemon._Command.ValueType  # 304
+        ACTIVATE_CREDENTIAL: ControllerToDaemon._Command.ValueType  # 305
+        VERIFY_GUESTOS: ControllerToDaemon._Command.ValueType  # 306
+        GET_TOKEN_STATUS: ControllerToDaemon._Command.ValueType  # 310
+        CREATE_TOKEN: ControllerToDaemon._Command.ValueType  # 311
+        UNLOCK_TOKEN: ControllerToDaemon._Command.ValueType  # 312
+        REPLACE_TOKEN: ControllerToDaemon._Command.ValueType  # 313
+        REMOVE_TOKEN: ControllerToDaemon._Command.ValueType  # 314
 
     class Command(_Command, metaclass=_CommandEnumTypeWrapper): ...
     LIST_GUESTOS_CONFIGS: ControllerToDaemon.Command.ValueType  # 1
@@ -158,6 +186,19 @@ class ControllerToDaemon(google.protobuf.message.Message):
     CONTAINER_CHANGE_TOKEN_PIN: ControllerToDaemon.Command.ValueType  # 116
     CONTAINER_CMLD_HANDLES_PIN: ControllerToDaemon.Command.ValueType  # 117
     CONTAINER_DEV_ACCESS: ControllerToDaemon.Command.ValueType  # 118
+    GET_PROVISIONING_STATUS: ControllerToDaemon.Command.ValueType  # 300
+    """From 300 on: ours. A server of the original answers CMD_UNSUPPORTED."""
+    LIST_AUTHORITIES: ControllerToDaemon.Command.ValueType  # 301
+    REMOVE_AUTHORITY: ControllerToDaemon.Command.ValueType  # 302
+    REGISTER_DEVICE_CA: ControllerToDaemon.Command.ValueType  # 303
+    VERIFY_DEVICE_CERT: ControllerToDaemon.Command.ValueType  # 304
+    ACTIVATE_CREDENTIAL: ControllerToDaemon.Command.ValueType  # 305
+    VERIFY_GUESTOS: ControllerToDaemon.Command.ValueType  # 306
+    GET_TOKEN_STATUS: ControllerToDaemon.Command.ValueType  # 310
+    CREATE_TOKEN: ControllerToDaemon.Command.ValueType  # 311
+    UNLOCK_TOKEN: ControllerToDaemon.Command.ValueType  # 312
+    REPLACE_TOKEN: ControllerToDaemon.Command.ValueType  # 313
+    REMOVE_TOKEN: ControllerToDaemon.Command.ValueType  # 314
 
     COMMAND_FIELD_NUMBER: builtins.int
     CONTAINER_UUIDS_FIELD_NUMBER: builtins.int
@@ -181,6 +222,11 @@ class ControllerToDaemon(google.protobuf.message.Message):
     GUESTOS_NAME_FIELD_NUMBER: builtins.int
     DEVICE_CERT_FIELD_NUMBER: builtins.int
     REMOVE_LOGS_FIELD_NUMBER: builtins.int
+    AUTHORITY_SHA256_FIELD_NUMBER: builtins.int
+    CERTIFICATE_FIELD_NUMBER: builtins.int
+    TOKEN_FILE_FIELD_NUMBER: builtins.int
+    CREDENTIAL_BLOB_FIELD_NUMBER: builtins.int
+    ENCRYPTED_SECRET_FIELD_NUMBER: builtins.int
     command: Global___ControllerToDaemon.Command.ValueType
     container_config_file: builtins.bytes
     container_config_signature: builtins.bytes
@@ -199,6 +245,12 @@ class ControllerToDaemon(google.protobuf.message.Message):
     guestos_name: builtins.str
     device_cert: builtins.bytes
     remove_logs: builtins.bool
+    authority_sha256: builtins.str
+    """From 300 on: ours, skipped by readers that do not know them."""
+    certificate: builtins.bytes
+    token_file: builtins.bytes
+    credential_blob: builtins.bytes
+    encrypted_secret: builtins.bytes
     @property
     def container_uuids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -232,10 +284,15 @@ class ControllerToDaemon(google.protobuf.message.Message):
         guestos_name: builtins.str | None = ...,
         device_cert: builtins.bytes | None = ...,
         remove_logs: builtins.bool | None = ...,
+        authority_sha256: builtins.str | None = ...,
+        certificate: builtins.bytes | None = ...,
+        token_file: builtins.bytes | None = ...,
+        credential_blob: builtins.bytes | None = ...,
+        encrypted_secret: builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "system_services", b"system_services"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "system_services", b"system_services", "token_file", b"token_file"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "container_uuids", b"container_uuids", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "exec_args", b"exec_args", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "system_services", b"system_services"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "container_uuids", b"container_uuids", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_args", b"exec_args", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "system_services", b"system_services", "token_file", b"token_file"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ControllerToDaemon: typing_extensions.TypeAlias = ControllerToDaemon
@@ -304,6 +361,204 @@ class DeviceStats(google.protobuf.message.Message):
 Global___DeviceStats: typing_extensions.TypeAlias = DeviceStats
 
 @typing.final
+class Refusal(google.protobuf.message.Message):
+    """Why the device did not do something, with every refusal of ours."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    EVIDENCE_FIELD_NUMBER: builtins.int
+    REMEDY_FIELD_NUMBER: builtins.int
+    code: builtins.str
+    cause: builtins.str
+    evidence: builtins.str
+    remedy: builtins.str
+    def __init__(
+        self,
+        *,
+        code: builtins.str | None = ...,
+        cause: builtins.str | None = ...,
+        evidence: builtins.str | None = ...,
+        remedy: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["cause", b"cause", "code", b"code", "evidence", b"evidence", "remedy", b"remedy"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cause", b"cause", "code", b"code", "evidence", b"evidence", "remedy", b"remedy"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Refusal: typing_extensions.TypeAlias = Refusal
+
+@typing.final
+class Authority(google.protobuf.message.Message):
+    """A certificate authority in the device's certificate store."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    SUBJECT_FIELD_NUMBER: builtins.int
+    PURPOSE_FIELD_NUMBER: builtins.int
+    NOT_AFTER_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    subject: builtins.str
+    purpose: Global___AnchorPurpose.ValueType
+    not_after: builtins.int
+    """seconds since the epoch"""
+    source: builtins.str
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str | None = ...,
+        subject: builtins.str | None = ...,
+        purpose: Global___AnchorPurpose.ValueType | None = ...,
+        not_after: builtins.int | None = ...,
+        source: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["not_after", b"not_after", "purpose", b"purpose", "sha256", b"sha256", "source", b"source", "subject", b"subject"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["not_after", b"not_after", "purpose", b"purpose", "sha256", b"sha256", "source", b"source", "subject", b"subject"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Authority: typing_extensions.TypeAlias = Authority
+
+@typing.final
+class Requirement(google.protobuf.message.Message):
+    """One line of the checklist of provisioning."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MET_FIELD_NUMBER: builtins.int
+    REQUIRED_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    met: builtins.bool
+    required: builtins.bool
+    """by the policy of this build"""
+    detail: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str | None = ...,
+        met: builtins.bool | None = ...,
+        required: builtins.bool | None = ...,
+        detail: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["detail", b"detail", "met", b"met", "name", b"name", "required", b"required"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["detail", b"detail", "met", b"met", "name", b"name", "required", b"required"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Requirement: typing_extensions.TypeAlias = Requirement
+
+@typing.final
+class ProvisioningStatus(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COMPLETED_FIELD_NUMBER: builtins.int
+    DEVELOPMENT_FIELD_NUMBER: builtins.int
+    MARKER_FIELD_NUMBER: builtins.int
+    DEVICE_UUID_FIELD_NUMBER: builtins.int
+    REQUIREMENTS_FIELD_NUMBER: builtins.int
+    DEVICE_KEY_SHA256_FIELD_NUMBER: builtins.int
+    DEVICE_CERTIFICATE_SHA256_FIELD_NUMBER: builtins.int
+    ENDORSEMENT_KEY_SHA256_FIELD_NUMBER: builtins.int
+    RECORD_SHA256_FIELD_NUMBER: builtins.int
+    completed: builtins.bool
+    development: builtins.bool
+    marker: builtins.str
+    """what decides: the TPM, or a file"""
+    device_uuid: builtins.str
+    device_key_sha256: builtins.str
+    device_certificate_sha256: builtins.str
+    endorsement_key_sha256: builtins.str
+    record_sha256: builtins.str
+    @property
+    def requirements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Requirement]: ...
+    def __init__(
+        self,
+        *,
+        completed: builtins.bool | None = ...,
+        development: builtins.bool | None = ...,
+        marker: builtins.str | None = ...,
+        device_uuid: builtins.str | None = ...,
+        requirements: collections.abc.Iterable[Global___Requirement] | None = ...,
+        device_key_sha256: builtins.str | None = ...,
+        device_certificate_sha256: builtins.str | None = ...,
+        endorsement_key_sha256: builtins.str | None = ...,
+        record_sha256: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["completed", b"completed", "development", b"development", "device_certificate_sha256", b"device_certificate_sha256", "device_key_sha256", b"device_key_sha256", "device_uuid", b"device_uuid", "endorsement_key_sha256", b"endorsement_key_sha256", "marker", b"marker", "record_sha256", b"record_sha256"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["completed", b"completed", "development", b"development", "device_certificate_sha256", b"device_certificate_sha256", "device_key_sha256", b"device_key_sha256", "device_uuid", b"device_uuid", "endorsement_key_sha256", b"endorsement_key_sha256", "marker", b"marker", "record_sha256", b"record_sha256", "requirements", b"requirements"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ProvisioningStatus: typing_extensions.TypeAlias = ProvisioningStatus
+
+@typing.final
+class CertificateInfo(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    SUBJECT_FIELD_NUMBER: builtins.int
+    ANCHOR_SHA256_FIELD_NUMBER: builtins.int
+    NOT_AFTER_FIELD_NUMBER: builtins.int
+    DEVICE_UUID_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    subject: builtins.str
+    anchor_sha256: builtins.str
+    not_after: builtins.int
+    device_uuid: builtins.str
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str | None = ...,
+        subject: builtins.str | None = ...,
+        anchor_sha256: builtins.str | None = ...,
+        not_after: builtins.int | None = ...,
+        device_uuid: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["anchor_sha256", b"anchor_sha256", "device_uuid", b"device_uuid", "not_after", b"not_after", "sha256", b"sha256", "subject", b"subject"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["anchor_sha256", b"anchor_sha256", "device_uuid", b"device_uuid", "not_after", b"not_after", "sha256", b"sha256", "subject", b"subject"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CertificateInfo: typing_extensions.TypeAlias = CertificateInfo
+
+@typing.final
+class TokenStatus(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    CERTIFICATE_SHA256_FIELD_NUMBER: builtins.int
+    TRIES_LEFT_FIELD_NUMBER: builtins.int
+    DEFAULT_PIN_FIELD_NUMBER: builtins.int
+    KDF_ROUNDS_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """"softtoken", or "none" """
+    certificate_sha256: builtins.str
+    tries_left: builtins.int
+    default_pin: builtins.bool
+    """the published one of development builds"""
+    kdf_rounds: builtins.int
+    def __init__(
+        self,
+        *,
+        kind: builtins.str | None = ...,
+        certificate_sha256: builtins.str | None = ...,
+        tries_left: builtins.int | None = ...,
+        default_pin: builtins.bool | None = ...,
+        kdf_rounds: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["certificate_sha256", b"certificate_sha256", "default_pin", b"default_pin", "kdf_rounds", b"kdf_rounds", "kind", b"kind", "tries_left", b"tries_left"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["certificate_sha256", b"certificate_sha256", "default_pin", b"default_pin", "kdf_rounds", b"kdf_rounds", "kind", b"kind", "tries_left", b"tries_left"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TokenStatus: typing_extensions.TypeAlias = TokenStatus
+
+@typing.final
 class DaemonToController(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -328,6 +583,11 @@ class DaemonToController(google.protobuf.message.Message):
         DEVICE_CSR: DaemonToController._Code.ValueType  # 40
         DEVICE_PROVISIONED_STATE: DaemonToController._Code.ValueType  # 41
         LOGON_DEVICE: DaemonToController._Code.ValueType  # 200
+        PROVISIONING_STATUS: DaemonToController._Code.ValueType  # 300
+        AUTHORITIES_LIST: DaemonToController._Code.ValueType  # 301
+        CERTIFICATE_INFO: DaemonToController._Code.ValueType  # 302
+        CREDENTIAL_ACTIVATED: DaemonToController._Code.ValueType  # 303
+        TOKEN_STATUS: DaemonToController._Code.ValueType  # 310
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     GUESTOS_CONFIGS_LIST: DaemonToController.Code.ValueType  # 1
@@ -345,6 +605,11 @@ class DaemonToController(google.protobuf.message.Message):
     DEVICE_CSR: DaemonToController.Code.ValueType  # 40
     DEVICE_PROVISIONED_STATE: DaemonToController.Code.ValueType  # 41
     LOGON_DEVICE: DaemonToController.Code.ValueType  # 200
+    PROVISIONING_STATUS: DaemonToController.Code.ValueType  # 300
+    AUTHORITIES_LIST: DaemonToController.Code.ValueType  # 301
+    CERTIFICATE_INFO: DaemonToController.Code.ValueType  # 302
+    CREDENTIAL_ACTIVATED: DaemonToController.Code.ValueType  # 303
+    TOKEN_STATUS: DaemonToController.Code.ValueType  # 310
 
     class _Response:
         ValueType = typing.NewType("ValueType", builtins.int)
@@ -435,6 +700,13 @@ class DaemonToController(google.protobuf.message.Message):
     LOGON_PHONE_NUMBER_FIELD_NUMBER: builtins.int
     EXEC_END_REASON_FIELD_NUMBER: builtins.int
     EXEC_OUTPUT_FIELD_NUMBER: builtins.int
+    REFUSAL_FIELD_NUMBER: builtins.int
+    PROVISIONING_FIELD_NUMBER: builtins.int
+    AUTHORITIES_FIELD_NUMBER: builtins.int
+    CERTIFICATE_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    DEVICE_KEY_CERTIFICATION_FIELD_NUMBER: builtins.int
+    ACTIVATED_SECRET_FIELD_NUMBER: builtins.int
     code: Global___DaemonToController.Code.ValueType
     container_cmld_handles_pin: builtins.bool
     response: Global___DaemonToController.Response.ValueType
@@ -448,6 +720,8 @@ class DaemonToController(google.protobuf.message.Message):
     logon_phone_number: builtins.str
     exec_end_reason: builtins.str
     exec_output: builtins.bytes
+    device_key_certification: builtins.bytes
+    activated_secret: builtins.bytes
     @property
     def guestos_configs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[trustme_init.proto.guestos_pb2.GuestOSConfig]: ...
     @property
@@ -462,6 +736,16 @@ class DaemonToController(google.protobuf.message.Message):
     def log_message(self) -> Global___LogMessage: ...
     @property
     def device_stats(self) -> Global___DeviceStats: ...
+    @property
+    def refusal(self) -> Global___Refusal: ...
+    @property
+    def provisioning(self) -> Global___ProvisioningStatus: ...
+    @property
+    def authorities(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Authority]: ...
+    @property
+    def certificate(self) -> Global___CertificateInfo: ...
+    @property
+    def token(self) -> Global___TokenStatus: ...
     def __init__(
         self,
         *,
@@ -485,10 +769,17 @@ class DaemonToController(google.protobuf.message.Message):
         logon_phone_number: builtins.str | None = ...,
         exec_end_reason: builtins.str | None = ...,
         exec_output: builtins.bytes | None = ...,
+        refusal: Global___Refusal | None = ...,
+        provisioning: Global___ProvisioningStatus | None = ...,
+        authorities: collections.abc.Iterable[Global___Authority] | None = ...,
+        certificate: Global___CertificateInfo | None = ...,
+        token: Global___TokenStatus | None = ...,
+        device_key_certification: builtins.bytes | None = ...,
+        activated_secret: builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "response", b"response"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "container_configs", b"container_configs", "container_ifaces", b"container_ifaces", "container_status", b"container_status", "container_uuids", b"container_uuids", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "guestos_configs", b"guestos_configs", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "response", b"response"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "authorities", b"authorities", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "container_configs", b"container_configs", "container_ifaces", b"container_ifaces", "container_status", b"container_status", "container_uuids", b"container_uuids", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "guestos_configs", b"guestos_configs", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DaemonToController: typing_extensions.TypeAlias = DaemonToController

@@ -1,101 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether provisioning was ever completed, and the mode that follows from it.
 
-The marker is behind an interface: here it is a file on the data volume (the interop layout's name); the
-TPM's write-locked NV index of design decision 5 takes its place. Every status says which one decided.
+The TPM knows (design decision 5): an NV index that is written once, at completion, and locked for good. It
+holds the device's UUID and the SHA-256 of the provisioning record. The file on the data volume is a cache for
+people and for software of the original; alone it decides nothing. The whole table:
+
+    NV index    marker file  record, UUID       →
+    (anything)  (anything)   tombstone          refused: device-destroyed
+    undefined   absent       (anything)         provisioning
+    open        absent       (anything)         provisioning
+    undefined   present      (anything)         refused: marker-contradiction (TPM cleared or exchanged)
+    open        present      (anything)         refused: marker-contradiction
+    written     (anything)   as the index says  operational
+    written     (anything)   absent             refused: provisioned-data-missing
+    written     (anything)   others             refused: provisioned-data-foreign
+
+So no file, present or absent, reopens provisioning: with the index written the answer is never
+"provisioning". A record may lie there before completion, for it is written first: it means nothing then.
+
+Without a TPM, which only a development policy allows, the file decides, and every status says so.
 """
 
 from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
+from uuid import UUID
 
-from trustme_init.errors import StorageRefusal
+from trustme_init.errors import DeviceRefusal, StorageRefusal
 from trustme_init.linux.files import write_atomic
+from trustme_init.provisioning import identity, record, states
+from trustme_init.provisioning.layout import Layout
+from trustme_init.provisioning.mode import FROM_FILE, FROM_TPM, Mode, ModeFact
 
-MARKER_NAME: Final = "cml/_cml_provisioned_"
 
+class NvState(enum.Enum):
+    """What the TPM says; the names are `tpm.nv_marker`'s."""
 
-class Mode(enum.Enum):
-    """What the control interface offers."""
-
-    PROVISIONING = "provisioning"
-    OPERATIONAL = "operational"
+    ABSENT = "absent"
+    OPEN = "open"
+    COMPLETED = "completed"
 
 
 @dataclass(frozen=True, slots=True)
-class ModeFact:
-    """The mode of this boot and why."""
+class NvReading:
+    """The NV index as it was read at this boot. UUID and digest only of a completed one."""
 
-    mode: Mode
-    why: str
-    source: str
+    state: NvState
+    device_uuid: UUID | None = None
+    record_sha256: bytes = b""
+    locked: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the boot report's form."""
-        return {"mode": {"value": self.mode.value, "why": self.why, "source": self.source}}
-
-
-class Marker(Protocol):
-    """The one fact that ends provisioning for good."""
-
-    def completed(self) -> bool:
-        """Return whether provisioning was completed; StorageRefusal when that cannot be known."""
-        ...
-
-    def complete(self) -> None:
-        """Record completion durably; there is no way back."""
-        ...
-
-
-class FileMarker:
-    """The marker as a file of the data volume."""
-
-    source: Final = "file on the data volume"
-
-    def __init__(self, data: Path) -> None:
-        self._data = data
-        self._path = data / MARKER_NAME
-
-    def completed(self) -> bool:
-        """Return whether the file is there; anything but a clear yes or no is a refusal, not a no."""
-        if not self._data.is_mount():
-            # An empty mount point has no marker either: that must not read as "never provisioned".
-            raise StorageRefusal(
-                "data-volume-not-mounted",
-                "the provisioning marker cannot be looked for",
-                evidence=f"nothing is mounted at {self._data}",
-                remedy="restart the device",
+    @classmethod
+    def from_tpm(cls, said: Mapping[str, Any]) -> NvReading:
+        """Take over what the TPM's child says; DeviceRefusal("tpm-failed") if that makes no sense."""
+        try:
+            state = NvState(said["state"])
+            if state is not NvState.COMPLETED:
+                return cls(state)
+            return cls(
+                state, UUID(said["device_uuid"]), bytes.fromhex(said["record_sha256"]), bool(said["locked"])
             )
-        try:
-            os.lstat(self._path)
-        except FileNotFoundError:
-            return False
-        except OSError as exc:
-            raise StorageRefusal(
-                "marker-unreadable",
-                "the provisioning marker cannot be read",
-                evidence=f"{self._path}: {exc.strerror}",
-                remedy="the data volume is damaged; wipe the device and provision it again",
+        except (KeyError, ValueError, TypeError, AttributeError) as exc:
+            raise DeviceRefusal(
+                "tpm-failed", "the TPM's provisioning marker makes no sense", evidence=type(exc).__name__
             ) from exc
-        return True
-
-    def complete(self) -> None:
-        """Create the file durably before returning."""
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_atomic(self._path, b"", 0o600)
-        directory = os.open(self._data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)  # the marker's own directory may be new, too
-        finally:
-            os.close(directory)
 
 
-def decide(marker: Marker, source: str) -> ModeFact:
-    """Return the mode: provisioning when never completed, operational after."""
-    if marker.completed():
-        return ModeFact(Mode.OPERATIONAL, "provisioning was completed", source)
-    return ModeFact(Mode.PROVISIONING, "provisioning was never completed", source)
+def decide(reading: NvReading | None, data: Path) -> ModeFact:
+    """Return the mode, by the table above; `reading` is None on a machine without a TPM.
+
+    Raises:
+        StorageRefusal: "data-volume-not-mounted", "marker-unreadable", "marker-contradiction",
+            "provisioned-data-missing", "provisioned-data-foreign", "provisioning-record-damaged",
+            "device-id-damaged".
+        ControlRefusal: "device-destroyed".
+    """
+    layout = Layout(data)
+    cached = _file_says(layout)
+    if layout.tombstone.exists():
+        raise states.destroyed()
+    if reading is None:
+        return _from_file(completed=cached)
+    if reading.state is NvState.COMPLETED:
+        _check_data(reading, layout)
+        return ModeFact(
+            Mode.OPERATIONAL, "provisioning was completed", FROM_TPM, reading.record_sha256, reading.locked
+        )
+    if cached:
+        raise StorageRefusal(
+            "marker-contradiction",
+            "the disk says that provisioning was completed, the TPM says that it never was",
+            evidence=f"TPM marker {reading.state.value}, {layout.marker.name} present",
+            remedy="the TPM was cleared or exchanged, or the disk is another device's: put back what belongs "
+            "together, or write the image to the disk again and provision the device anew",
+        )
+    return ModeFact(Mode.PROVISIONING, "provisioning was never completed", FROM_TPM)
+
+
+def set_cache(layout: Layout) -> None:
+    """Write the marker file durably; nothing but a cache where there is a TPM."""
+    write_atomic(layout.marker, b"", 0o600)
+
+
+def _from_file(*, completed: bool) -> ModeFact:
+    if completed:
+        return ModeFact(Mode.OPERATIONAL, "provisioning was completed", FROM_FILE)
+    return ModeFact(Mode.PROVISIONING, "provisioning was never completed", FROM_FILE)
+
+
+def _file_says(layout: Layout) -> bool:
+    """Return whether the marker file is there; anything but a clear yes or no is a refusal, not a no."""
+    if not layout.data.is_mount():
+        # An empty mount point has no marker either: that must not read as "never provisioned".
+        raise StorageRefusal(
+            "data-volume-not-mounted",
+            "the provisioning marker cannot be looked for",
+            evidence=f"nothing is mounted at {layout.data}",
+            remedy="restart the device",
+        )
+    try:
+        os.lstat(layout.marker)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise StorageRefusal(
+            "marker-unreadable",
+            "the provisioning marker cannot be read",
+            evidence=f"{layout.marker}: {exc.strerror}",
+            remedy="the data volume is damaged; restore it, or provision the device anew",
+        ) from exc
+    return True
+
+
+def _check_data(reading: NvReading, layout: Layout) -> None:
+    """Refuse a data volume that is not the one that was there at completion."""
+    found = record.read(layout.record)
+    device_uuid = identity.load(layout.identity)
+    if found is None or device_uuid is None:
+        missing = layout.record if found is None else layout.identity
+        raise provisioned_data_missing(f"{missing} is not there")
+    if reading.record_sha256 != found.sha256 or {device_uuid, found.device_uuid} != {reading.device_uuid}:
+        raise StorageRefusal(
+            "provisioned-data-foreign",
+            "this device was provisioned, but not with the data volume that is in it",
+            evidence=f"TPM: {reading.device_uuid}; disk: {device_uuid}, record of {found.device_uuid}",
+            remedy="put back the disk that belongs to this device",
+        )
+
+
+def provisioned_data_missing(evidence: str) -> StorageRefusal:
+    """Return the refusal of a completed device whose data volume is gone or empty."""
+    return StorageRefusal(
+        "provisioned-data-missing",
+        "this device was provisioned, and what it was provisioned with is gone",
+        evidence=evidence,
+        remedy="put back the disk that belongs to this device; to start over, clear the TPM in the firmware",
+    )

@@ -67,6 +67,10 @@ class MountedData:
 class DataVolume(Protocol):
     """What holds everything that changes on a device."""
 
+    def exists(self, disk: Path) -> bool:
+        """Return whether `disk` has a complete data volume."""
+        ...
+
     def open_or_create(self, disk: Path) -> MountedData:
         """Mount the data volume of `disk`, making it first where there is none."""
         ...
@@ -190,6 +194,14 @@ class PlainExt4DataVolume:
         self._run = run
         self._before = before
 
+    def exists(self, disk: Path) -> bool:
+        """Return whether `disk` has a complete data volume.
+
+        Raises StorageRefusal: "partition-table-damaged", "data-volume-ambiguous", "data-volume-foreign".
+        """
+        partition = _data_partition(disk, _read(disk))
+        return partition is not None and partition.name == layout.DATA_NAME
+
     def open_or_create(self, disk: Path) -> MountedData:
         """Mount the data volume of `disk`; make it if there is none or its making was cut short.
 
@@ -198,15 +210,7 @@ class PlainExt4DataVolume:
         "disk-not-writable", "storage-tool-failed", "partition-table-unexpected", "mount-point-busy";
         DeviceRefusal as `mount_store`.
         """
-        try:
-            table = read_table(disk)
-        except (gpt.TableError, OSError) as exc:
-            raise StorageRefusal(
-                "partition-table-damaged",
-                "the partition table of the store's disk cannot be read",
-                evidence=f"{disk}: {exc}",
-                remedy=_REWRITE,
-            ) from exc
+        table = _read(disk)
         repaired = not table.copies_agree
         partition = _data_partition(disk, table)
         created = partition is None or partition.name == layout.DATA_NAME_NEW
@@ -296,6 +300,18 @@ class PlainExt4DataVolume:
         return self._machine.block.partition_device(
             disk, partition.number, table.first_byte(partition), table.size_bytes(partition)
         )
+
+
+def _read(disk: Path) -> gpt.Table:
+    try:
+        return read_table(disk)
+    except (gpt.TableError, OSError) as exc:
+        raise StorageRefusal(
+            "partition-table-damaged",
+            "the partition table of the store's disk cannot be read",
+            evidence=f"{disk}: {exc}",
+            remedy=_REWRITE,
+        ) from exc
 
 
 def _data_partition(disk: Path, table: gpt.Table) -> gpt.Partition | None:

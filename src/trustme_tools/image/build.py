@@ -88,6 +88,14 @@ def policy_text(options: Options, recipe: recipes.Recipe) -> bytes:
         },
         "platform": {"allow_insecure_boot": False, "allow_missing_tpm": False},
         "devices": {"timeout_s": 60, "modules": [*modules.DEVICE_MODULES, *options.extra_modules]},
+        "provisioning": {
+            "require": ["device-certificate", "token"]
+            if options.development
+            else list(device_policy.REQUIREMENTS),
+            "device_key": "ecc-p256",
+            "pin_tries": 10,
+            "self_provisioning": options.development,
+        },
     }
     for key, value in options.policy.items():
         table, _, name = key.rpartition(".")

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from trustme_init.control.state import ContainerView, DeviceStatsView, GuestOsView, LogFile
+from trustme_init.control.state import Answered, ContainerView, DeviceStatsView, GuestOsView, LogFile
+from trustme_init.errors import ControlRefusal, Refusal
 from trustme_init.proto import container_pb2
 from trustme_init.proto.guestos_pb2 import GuestOSConfig, GuestOSMount, I18NString
-from trustme_init.provisioning.marker import Mode
+from trustme_init.provisioning.mode import Mode
 
 CORE_UUID = "00000000-0000-0000-0000-000000000000"
 GUEST_UUID = "11111111-2222-3333-4444-555555555555"
@@ -60,6 +62,9 @@ class FakeDevice:
     removed: list[str] = field(default_factory=list)
     reboots: int = 0
     failure: Exception | None = None
+    answers: dict[str, dict[str, Any] | Refusal] = field(default_factory=dict)
+    asked: list[tuple[str, dict[str, str | bytes]]] = field(default_factory=list)
+    held: list[Answered] | None = None
 
     def mode(self) -> Mode:
         return self.current_mode
@@ -83,6 +88,18 @@ class FakeDevice:
 
     def stats(self) -> DeviceStatsView:
         return DeviceStatsView(1000, 400, 600, mem_total=1 << 30)
+
+    def vault(self, operation: str, arguments: Mapping[str, str | bytes], done: Answered) -> None:
+        """Answer at once with what the test has put there, or keep the question until the test does."""
+        self.asked.append((operation, dict(arguments)))
+        if self.held is not None:
+            self.held.append(done)
+            return
+        answer = self.answers.get(operation, ControlRefusal("not-prepared", "nothing is prepared"))
+        if isinstance(answer, Refusal):
+            done({}, answer)
+        else:
+            done(answer, None)
 
     def request_reboot(self) -> None:
         self.reboots += 1

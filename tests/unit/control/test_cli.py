@@ -18,10 +18,10 @@ from trustme_init.control.dispatch import Dispatcher
 from trustme_init.control.gate import Socket
 from trustme_init.control.handlers.reply import response
 from trustme_init.control.state import LogFile
-from trustme_init.control.transport import Flush
+from trustme_init.control.transport import Flush, Wait
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
-from trustme_init.provisioning.marker import Mode
+from trustme_init.provisioning.mode import Mode
 
 PARITY = [
     "list",
@@ -71,7 +71,9 @@ class Direct(ControlClient):
         self.sent.append(message)
         dispatcher = Dispatcher(self.device, log=lambda _text: None)
         for body in dispatcher.answer(message.SerializeToString(), Socket.PRIVILEGED, lambda _body: False):
-            if not isinstance(body, Flush):
+            if isinstance(body, Wait):
+                body.start(lambda: None)
+            elif not isinstance(body, Flush):
                 self.replies.append(Reply.FromString(body))
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -128,8 +130,15 @@ def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return Command(None if own_capture else request.getfixturevalue("capsys"), monkeypatch)
 
 
-def test_the_verbs_are_those_of_the_original() -> None:
-    assert sorted(verb.name for verb in VERBS) == sorted(PARITY)
+OURS = [
+    *("activate_credential", "ca_list", "ca_remove", "device_ca_register", "localca_register"),
+    *("provisioning_status", "token_create", "token_remove", "token_replace", "token_status", "token_unlock"),
+    *("verify_cert", "verify_guestos"),
+]
+
+
+def test_the_verbs_are_those_of_the_original_and_our_own() -> None:
+    assert sorted(verb.name for verb in VERBS) == sorted([*PARITY, *OURS])
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +151,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert line in text
 
 
-@pytest.mark.parametrize("verb", PARITY)
+@pytest.mark.parametrize("verb", [*PARITY, *OURS])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([verb, "--help"])
@@ -277,7 +286,14 @@ def test_other_parameters(command: Command) -> None:
 
 def test_change_pin_reads_three_lines(command: Command) -> None:
     command.stdin("old\nnew\nnew\n")
-    assert command("change_pin", "core0") == 4
+    assert command("change_pin", "core0") == 1
+    assert "this container has no token (container-without-token)" in command.out
+    assert command.sent[-1].command == Request.CONTAINER_CHANGE_TOKEN_PIN
+    assert (command.sent[-1].device_pin, command.sent[-1].device_newpin) == ("old", "new")
+    command.stdin("old\nnew\nnew\n")
+    assert command("change_pin") == 1
+    assert command.sent[-1].command == Request.CHANGE_DEVICE_PIN
+    assert list(command.sent[-1].container_uuids) == []
     assert (command.sent[-1].device_pin, command.sent[-1].device_newpin) == ("old", "new")
     for lines in ("old\nnew\nother\n", "old\nnew\n", ""):
         command.stdin(lines)
@@ -321,7 +337,7 @@ def test_readable(command: Command) -> None:
 def test_text_is_the_dump_of_the_original(command: Command) -> None:
     command("--text", "get_provisioned")
     assert command.out == "code: DEVICE_PROVISIONED_STATE\ndevice_is_provisioned: false\n"
-    assert command("set_provisioned", "--text") == 4
+    assert command("freeze", "core0", "--text") == 4
     assert command.out == "code: RESPONSE\nresponse: CMD_UNSUPPORTED\n"
     command("list_guestos", "--text")
     assert 'name: "trustme-coreos"' in command.out

@@ -16,12 +16,12 @@ from trustme_init.control.gate import Socket
 from trustme_init.control.handlers.logs import FRAGMENT, LOG_LIMIT
 from trustme_init.control.handlers.reply import Context, Replies, response
 from trustme_init.control.state import LogFile
-from trustme_init.control.transport import Flush
+from trustme_init.control.transport import Flush, Wait
 from trustme_init.errors import CompartmentRefusal
 from trustme_init.proto.container_pb2 import NONE, ContainerConfig
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
-from trustme_init.provisioning.marker import Mode
+from trustme_init.provisioning.mode import Mode
 
 UNKNOWN_UUID = "deadbeef-0000-0000-0000-000000000000"
 
@@ -36,8 +36,14 @@ class Asker:
         self.dispatcher = Dispatcher(self.device, log=self.log.append)
 
     def raw(self, body: bytes) -> list[Reply]:
-        answer = self.dispatcher.answer(body, self.socket, lambda _body: False)
-        return [Reply.FromString(part) for part in answer if not isinstance(part, Flush)]
+        replies = []
+        for part in self.dispatcher.answer(body, self.socket, lambda _body: False):
+            match part:
+                case Wait(start=start):
+                    start(lambda: None)
+                case bytes():
+                    replies.append(Reply.FromString(part))
+        return replies
 
     def all(self, request: Request) -> list[Reply]:
         return self.raw(request.SerializeToString())
@@ -54,6 +60,10 @@ class Asker:
 
 def ask(command: Request.Command.ValueType, *uuids: str, **fields: object) -> Request:
     return Request(command=command, container_uuids=uuids, **fields)  # type: ignore[arg-type]
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 0x7F | 0x80]) + varint(number >> 7) if number > 0x7F else bytes([number])
 
 
 # Always an answer
@@ -75,7 +85,7 @@ def test_row34_any_bytes_get_an_answer(body: bytes) -> None:
 def test_row34_any_command_with_any_fields_gets_an_answer(
     command: int, rest: bytes, mode: Mode, socket: Socket
 ) -> None:
-    assert Asker(FakeDevice(current_mode=mode), socket).raw(b"\x08" + bytes([command]) + rest)
+    assert Asker(FakeDevice(current_mode=mode), socket).raw(b"\x08" + varint(command) + rest)
 
 
 @pytest.mark.parametrize("body", [b"", b"\x08\x7f", b"\x08\x00", b"\x52\x02ab"])
@@ -273,9 +283,15 @@ def test_reboot_follows_the_reply() -> None:
     answer = asker.dispatcher.answer(
         ask(Request.REBOOT_DEVICE).SerializeToString(), Socket.PRIVILEGED, lambda _b: False
     )
+    wait = next(answer)
+    assert isinstance(wait, Wait)
+    assert asker.device.asked == []
+    wait.start(lambda: None)
+    assert asker.device.asked == [("complete", {})]
     body = next(answer)
     assert isinstance(body, bytes)
     assert Reply.FromString(body).response == Reply.CMD_OK
+    assert Reply.FromString(body).refusal.code == "not-prepared", "what keeps provisioning open is said"
     assert isinstance(next(answer), Flush)
     assert asker.device.reboots == 0
     assert next(answer, None) is None
@@ -290,6 +306,13 @@ def test_reboot_happens_when_the_client_leaves_early() -> None:
     next(answer)
     answer.close()
     gc.collect()
+    assert asker.device.reboots == 1
+
+
+def test_reboot_asks_nothing_of_the_vault_in_operation() -> None:
+    asker = Asker(FakeDevice(current_mode=Mode.OPERATIONAL))
+    assert asker.code(ask(Request.REBOOT_DEVICE)) == Reply.CMD_OK
+    assert asker.device.asked == []
     assert asker.device.reboots == 1
 
 

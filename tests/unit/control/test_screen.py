@@ -22,8 +22,8 @@ def varint(value: int) -> bytes:
     return out + bytes([value])
 
 
-def test_file_fields_are_the_seven_of_the_protocol_and_the_device_certificate() -> None:
-    assert frozenset({13, 18, 19, 20, 21, 22, 23, 41}) == FILE_FIELDS
+def test_file_fields_are_those_of_the_protocol_and_ours() -> None:
+    assert frozenset({13, 18, 19, 20, 21, 22, 23, 41, 301, 302, 303, 304}) == FILE_FIELDS
 
 
 def test_large_files_pass() -> None:

@@ -23,6 +23,7 @@ from trustme_init.control.transport import (
     Connection,
     FrameServer,
     Limits,
+    Wait,
 )
 
 
@@ -214,3 +215,79 @@ def test_row34_a_descriptor_that_is_slow_to_close_never_reaches_the_manager(
     finally:
         os.kill(attacker, signal.SIGKILL)
         os.waitpid(attacker, 0)
+
+
+# Waiting
+
+
+class Waiting(FrameServer):
+    """Answers b"wait" only when it is told to; everything else at once."""
+
+    resumes: list[Callable[[], None]]
+
+    def respond(self, connection: Connection, body: bytes) -> Answer:
+        if body == b"wait":
+            yield Wait(self.resumes.append)
+        elif body == b"already":
+            yield Wait(lambda resume: resume())
+        yield body
+
+
+@pytest.fixture
+def waiting(loop: Loop, tmp_path: Path) -> Iterator[Waiting]:
+    limits = Limits()
+    log: list[str] = []
+    server = Waiting(loop, tmp_path / "w", uid=os.getuid(), gid=os.getgid(), limits=limits, log=log.append)
+    server.resumes = []
+    yield server
+    server.close()
+    assert log == []
+
+
+def turn(loop: Loop, times: int = 4) -> None:
+    for _ in range(times):
+        loop.turn(0.01)
+
+
+def test_row34_an_answer_that_waits_holds_up_nobody_else(loop: Loop, waiting: Waiting) -> None:
+    with connect(waiting, loop) as slow, connect(waiting, loop) as quick:
+        slow.sendall(encode_frame(b"wait") + encode_frame(b"after"))
+        turn(loop)
+        quick.sendall(encode_frame(b"at once"))
+        turn(loop)
+        assert quick.recv(100) == encode_frame(b"at once")
+        slow.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            slow.recv(1)
+        (resume,) = waiting.resumes
+        resume()
+        turn(loop)
+        assert slow.recv(100) == encode_frame(b"wait") + encode_frame(b"after"), "in order, all of it"
+
+
+def test_an_answer_that_need_not_wait_after_all(loop: Loop, waiting: Waiting) -> None:
+    with connect(waiting, loop) as sock:
+        sock.sendall(encode_frame(b"already") + encode_frame(b"next"))
+        turn(loop)
+        assert sock.recv(100) == encode_frame(b"already") + encode_frame(b"next")
+
+
+def test_whoever_leaves_while_it_waits_is_forgotten(loop: Loop, waiting: Waiting) -> None:
+    with connect(waiting, loop) as sock:
+        sock.sendall(encode_frame(b"wait"))
+        turn(loop)
+    (resume,) = waiting.resumes
+    for connection in waiting.clients:
+        waiting._close(connection)
+    resume()
+    turn(loop)
+    assert waiting.clients == []
+
+
+def test_a_loop_with_a_waiting_answer_sleeps(loop: Loop, waiting: Waiting) -> None:
+    with connect(waiting, loop) as sock:
+        sock.sendall(encode_frame(b"wait"))
+        turn(loop)
+        started = time.monotonic()
+        loop.turn(0.05)
+        assert time.monotonic() - started >= 0.04, "nothing spins"

@@ -14,7 +14,8 @@ from typing import Final
 
 from trustme_init.control.cli import output
 from trustme_init.control.cli.session import Format, LocalProblem, Session
-from trustme_init.control.cli.verbs import VERBS, Verb
+from trustme_init.control.cli.verb import Verb
+from trustme_init.control.cli.verbs import VERBS
 from trustme_init.control.client import DEFAULT_SOCKET, DEFAULT_TIMEOUT, ControlClient
 from trustme_init.control.sanitise import visible
 from trustme_init.errors import ControlRefusal

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from google.protobuf import text_format
@@ -17,6 +18,7 @@ from google.protobuf.message import Message
 
 from trustme_init.control.sanitise import visible
 from trustme_init.proto.container_pb2 import ContainerState, ContainerTrust
+from trustme_init.proto.control_pb2 import AnchorPurpose
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
 
 JSON_VERSION: Final = 1
@@ -58,7 +60,7 @@ _SENTENCES: Final = {
     Reply.CONTAINER_CTRL_EINTERNAL: "Internal error, see the device's log.",
     Reply.CONTAINER_CHANGE_PIN_FAILED: "The PIN was not changed.",
     Reply.CONTAINER_CHANGE_PIN_SUCCESSFUL: "The PIN was changed.",
-    Reply.CONTAINER_LOCKED_TILL_REBOOT: "Too many wrong PINs: locked until the device reboots.",
+    Reply.CONTAINER_LOCKED_TILL_REBOOT: "Too many wrong PINs: locked.",
     Reply.CONTAINER_USB_PIN_ENTRY_FAIL: "No PIN from the entry device.",
     Reply.DEVICE_PROVISIONING_ERROR: "The device could not be provisioned.",
     Reply.DEVICE_CERT_ERROR: "The device certificate was refused.",
@@ -136,7 +138,15 @@ def readable(reply: Reply) -> str:
 
 
 def _response(reply: Reply) -> str:
-    return _SENTENCES[reply.response]
+    sentence = _SENTENCES[reply.response]
+    return f"{sentence}\n{refusal(reply)}" if reply.HasField("refusal") else sentence
+
+
+def refusal(reply: Reply) -> str:
+    """Return why the device did not do it, a line each for what, evidence and remedy."""
+    said = reply.refusal
+    lines = [("why", f"{said.cause} ({said.code})"), ("evidence", said.evidence), ("remedy", said.remedy)]
+    return "\n".join(f"  {name}: {visible(text)}" for name, text in lines if text)
 
 
 def _containers(reply: Reply) -> str:
@@ -207,9 +217,90 @@ def _handles_pin(reply: Reply) -> str:
 
 
 def _csr(reply: Reply) -> str:
-    return (
-        "Certificate signing request received." if reply.device_csr else "The device has no signing request."
+    if reply.device_csr:
+        key = "a key in its TPM" if reply.device_key_certification else "a software key"
+        return f"Certificate signing request received, for {key}."
+    sentence = "The device has no signing request."
+    return f"{sentence}\n{refusal(reply)}" if reply.HasField("refusal") else sentence
+
+
+def _provisioning(reply: Reply) -> str:
+    status = reply.provisioning
+    facts = [
+        ("state", "completed (operational)" if status.completed else "not completed (provisioning)"),
+        ("decided by", status.marker),
+        ("build", "DEVELOPMENT" if status.development else "production"),
+        ("device", status.device_uuid),
+        ("device key", status.device_key_sha256),
+        ("device certificate", status.device_certificate_sha256),
+        ("endorsement key", status.endorsement_key_sha256),
+        ("record", status.record_sha256),
+    ]
+    checklist = table(
+        ("", "REQUIREMENT", "NEEDED", "DETAIL"),
+        [
+            ("x" if each.met else "-", each.name, "yes" if each.required else "no", each.detail)
+            for each in status.requirements
+        ],
     )
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name:<{width}}  {visible(value)}" for name, value in facts if value]
+    return "\n".join([*lines, "", checklist])
+
+
+def _authorities(reply: Reply) -> str:
+    if not reply.authorities:
+        return "No authorities are registered."
+    return table(
+        ("PURPOSE", "SHA-256", "UNTIL", "SOURCE", "SUBJECT"),
+        [
+            (
+                AnchorPurpose.Name(each.purpose).removesuffix("_ANCHOR").lower(),
+                each.sha256[:16],
+                _day(each.not_after),
+                each.source,
+                each.subject,
+            )
+            for each in reply.authorities
+        ],
+    )
+
+
+def _certificate(reply: Reply) -> str:
+    info = reply.certificate
+    lines = [
+        f"Good: {visible(info.subject)}",
+        f"  sha256: {visible(info.sha256)}",
+        f"  anchor: {visible(info.anchor_sha256)}",
+        f"  until:  {_day(info.not_after)}",
+    ]
+    return "\n".join([*lines, f"  device: {visible(info.device_uuid)}"] if info.device_uuid else lines)
+
+
+def _token(reply: Reply) -> str:
+    token = reply.token
+    if token.kind == "none":
+        return "The device has no token."
+    pin = "set by its owner"
+    if not token.HasField("default_pin"):
+        pin = "not known before the token was unlocked once"
+    elif token.default_pin:
+        pin = "the published one of development builds"
+    return (
+        f"Token: {visible(token.kind)}\n  certificate: {visible(token.certificate_sha256)}\n"
+        f"  PIN: {pin}; {token.tries_left} tries left\n  KDF rounds: {token.kdf_rounds}"
+    )
+
+
+def _activated(_reply: Reply) -> str:
+    return "The TPM answered the challenge."
+
+
+def _day(seconds: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+    except (OverflowError, OSError, ValueError):
+        return str(seconds)
 
 
 _READERS: Final = {
@@ -223,6 +314,11 @@ _READERS: Final = {
     Reply.CONTAINER_IFACES: _ifaces,
     Reply.CONTAINER_CMLD_HANDLES_PIN: _handles_pin,
     Reply.DEVICE_CSR: _csr,
+    Reply.PROVISIONING_STATUS: _provisioning,
+    Reply.AUTHORITIES_LIST: _authorities,
+    Reply.CERTIFICATE_INFO: _certificate,
+    Reply.TOKEN_STATUS: _token,
+    Reply.CREDENTIAL_ACTIVATED: _activated,
 }
 
 

@@ -101,3 +101,23 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as exc:
         raise LocalProblem(f"{path}: {exc.strerror}") from exc
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a local file; LocalProblem if it cannot be written."""
+    try:
+        path.write_bytes(data)
+    except OSError as exc:
+        raise LocalProblem(f"{path}: {exc.strerror}") from exc
+
+
+def ask_secrets(*prompts: str) -> list[str]:
+    """Return one line per prompt: from the terminal without echo, or from standard input."""
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        return [getpass(prompt) for prompt in prompts]
+    lines = [sys.stdin.readline() for _ in prompts]
+    if not all(lines):
+        raise LocalProblem(f"{len(prompts)} line(s) expected on standard input")
+    return [line.rstrip("\n") for line in lines]

@@ -5,40 +5,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from trustme_init.control.cli import provisioning as provision
 from trustme_init.control.cli.logs import retrieve_logs
-from trustme_init.control.cli.session import LocalProblem, Session, read_file
+from trustme_init.control.cli.session import LocalProblem, Session, ask_secrets, read_file
+from trustme_init.control.cli.verb import Argument, Run, Verb
 from trustme_init.proto.control_pb2 import AssignInterfaceParams, ContainerStartParams
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
-
-Run = Callable[[Session, argparse.Namespace], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """One argparse argument."""
-
-    name: str
-    help: str
-    options: dict[str, Any] = field(default_factory=dict)
-    short: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One thing to do."""
-
-    name: str
-    help: str
-    run: Run
-    arguments: tuple[Argument, ...] = ()
-    destroys: str = ""
-    """What is lost for good; asked about on a terminal unless --yes is given."""
 
 
 def _plain(command: Request.Command.ValueType) -> Run:
@@ -90,7 +66,7 @@ def _update_config(session: Session, options: argparse.Namespace) -> int:
 def _start_or_stop(command: Request.Command.ValueType) -> Run:
     def run(session: Session, options: argparse.Namespace) -> int:
         uuid = session.uuid_of(options.container)
-        key = _secrets("PIN: ")[0] if options.key == "" else options.key
+        key = ask_secrets("PIN: ")[0] if options.key == "" else options.key
         setup = getattr(options, "setup", False) or None
         params = ContainerStartParams(key=key, setup=setup) if key is not None or setup else None
         return session.ask(Request(command=command, container_uuids=[uuid], container_start_params=params))
@@ -99,30 +75,18 @@ def _start_or_stop(command: Request.Command.ValueType) -> Run:
 
 
 def _change_pin(session: Session, options: argparse.Namespace) -> int:
-    uuid = session.uuid_of(options.container)
-    old, new, again = _secrets("Old PIN: ", "New PIN: ", "New PIN again: ")
+    uuids = [session.uuid_of(options.container)] if options.container else []
+    old, new, again = ask_secrets("Old PIN: ", "New PIN: ", "New PIN again: ")
     if new != again:
         raise LocalProblem("the two new PINs differ")
     return session.ask(
         Request(
-            command=Request.CONTAINER_CHANGE_TOKEN_PIN,
-            container_uuids=[uuid],
+            command=Request.CONTAINER_CHANGE_TOKEN_PIN if uuids else Request.CHANGE_DEVICE_PIN,
+            container_uuids=uuids,
             device_pin=old,
             device_newpin=new,
         )
     )
-
-
-def _secrets(*prompts: str) -> list[str]:
-    """Return one line per prompt: from the terminal without echo, or from standard input."""
-    if sys.stdin.isatty():
-        from getpass import getpass
-
-        return [getpass(prompt) for prompt in prompts]
-    lines = [sys.stdin.readline() for _ in prompts]
-    if not all(lines):
-        raise LocalProblem(f"{len(prompts)} line(s) expected on standard input")
-    return [line.rstrip("\n") for line in lines]
 
 
 def _dev_access(session: Session, options: argparse.Namespace) -> int:
@@ -147,26 +111,6 @@ def _push_guestos(session: Session, options: argparse.Namespace) -> int:
 
 def _remove_guestos(session: Session, options: argparse.Namespace) -> int:
     return session.ask(Request(command=Request.REMOVE_GUESTOS, guestos_name=options.name))
-
-
-def _ca_register(session: Session, options: argparse.Namespace) -> int:
-    return session.ask(
-        Request(command=Request.REGISTER_NEWCA, guestos_rootcert=read_file(options.certificate))
-    )
-
-
-def _pull_csr(session: Session, options: argparse.Namespace) -> int:
-    reply = session.client.request(Request(command=Request.PULL_DEVICE_CSR))
-    if reply.device_csr:
-        try:
-            options.file.write_bytes(reply.device_csr)
-        except OSError as exc:
-            raise LocalProblem(f"{options.file}: {exc.strerror}") from exc
-    return session.show(reply)
-
-
-def _push_cert(session: Session, options: argparse.Namespace) -> int:
-    return session.ask(Request(command=Request.PUSH_DEVICE_CERT, device_cert=read_file(options.certificate)))
 
 
 def _interface(command: Request.Command.ValueType) -> Run:
@@ -274,7 +218,12 @@ VERBS: Final = (
         (CONTAINER,),
         destroys="the container's data",
     ),
-    Verb("change_pin", "change a token's PIN: three lines, old, new, new again", _change_pin, (CONTAINER,)),
+    Verb(
+        "change_pin",
+        "change the PIN of the device's token, or of a container's: three lines, old, new, new again",
+        _change_pin,
+        (Argument("container", "name or UUID; without it, the device's token", {"nargs": "?"}),),
+    ),
     Verb("allow_audio", "give a container audio", _on_container(Request.CONTAINER_ALLOWAUDIO), (CONTAINER,)),
     Verb("deny_audio", "take audio away", _on_container(Request.CONTAINER_DENYAUDIO), (CONTAINER,)),
     Verb(
@@ -306,14 +255,84 @@ VERBS: Final = (
         (_CONFIG, _SIGNATURE, _CERTIFICATE),
     ),
     Verb("remove_guestos", "remove a GuestOS", _remove_guestos, (Argument("name", "GuestOS name"),)),
-    Verb("ca_register", "register a certificate authority for GuestOSes", _ca_register, (_CERTIFICATE,)),
+    Verb(
+        "verify_guestos",
+        "whether the device would accept a GuestOS, and by whose word",
+        provision.verify_guestos,
+        (_CONFIG, _SIGNATURE, _CERTIFICATE),
+    ),
+    Verb(
+        "provisioning_status",
+        "what is in place, and what is missing before provisioning can be completed",
+        _plain(Request.GET_PROVISIONING_STATUS),
+    ),
+    Verb(
+        "ca_register",
+        "register a certificate authority for GuestOSes",
+        provision.register(Request.REGISTER_NEWCA),
+        (provision.AUTHORITY,),
+    ),
+    Verb(
+        "localca_register",
+        "register the one local authority for GuestOSes, in place of the one before",
+        provision.register(Request.REGISTER_LOCALCA),
+        (provision.AUTHORITY,),
+    ),
+    Verb(
+        "device_ca_register",
+        "register a certificate authority for device certificates",
+        provision.register(Request.REGISTER_DEVICE_CA),
+        (provision.AUTHORITY,),
+    ),
+    Verb("ca_list", "registered certificate authorities", _plain(Request.LIST_AUTHORITIES)),
+    Verb(
+        "ca_remove",
+        "remove a certificate authority",
+        provision.remove_authority,
+        (Argument("sha256", "its SHA-256, or at least the first 8 digits of it"),),
+    ),
     Verb(
         "pull_csr",
-        "fetch the device's certificate signing request",
-        _pull_csr,
+        "fetch the device's certificate signing request, and the TPM's word for its key beside it (FILE.tpm)",
+        provision.pull_csr,
         (Argument("file", "where to put it", {"type": Path}),),
     ),
-    Verb("push_cert", "install the device's certificate", _push_cert, (_CERTIFICATE,)),
+    Verb("push_cert", "install the device's certificate", provision.push_certificate, (_CERTIFICATE,)),
+    Verb(
+        "verify_cert",
+        "whether another party's certificate is good by the device authorities",
+        provision.verify_certificate,
+        (_CERTIFICATE,),
+    ),
+    Verb(
+        "activate_credential",
+        "answer a signer's challenge to the TPM",
+        provision.activate,
+        (
+            Argument("credential", "TPM2B_ID_OBJECT of the challenge", {"type": Path}),
+            Argument("secret", "TPM2B_ENCRYPTED_SECRET of the challenge", {"type": Path}),
+            Argument("file", "where to put the answer", {"type": Path}),
+        ),
+    ),
+    Verb(
+        "token_status",
+        "the device's token, and the tries its PIN has left",
+        _plain(Request.GET_TOKEN_STATUS),
+    ),
+    Verb("token_create", "make a softtoken: two lines, PIN, PIN again", provision.create_token),
+    Verb("token_unlock", "whether a PIN opens the token: one line, PIN", provision.unlock_token),
+    Verb(
+        "token_replace",
+        "put your own PKCS#12 file in the place of the token: one line, its password",
+        provision.replace_token,
+        (Argument("file", "the PKCS#12 file", {"type": Path}),),
+    ),
+    Verb(
+        "token_remove",
+        "remove the device's token",
+        _plain(Request.REMOVE_TOKEN),
+        destroys="the token's key, and whatever it had wrapped",
+    ),
     Verb("get_provisioned", "whether provisioning was completed", _plain(Request.GET_PROVISIONED)),
     Verb("set_provisioned", "complete provisioning, for good", _plain(Request.SET_PROVISIONED)),
     Verb("device_stats", "disk and memory figures", _plain(Request.GET_DEVICE_STATS)),

@@ -7,10 +7,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from trustme_init.control.state import DeviceState
-from trustme_init.control.transport import Flush
+from trustme_init.control.transport import Flush, Wait
+from trustme_init.errors import Refusal
 from trustme_init.proto.control_pb2 import ControllerToDaemon, DaemonToController
 
-Replies = Generator[DaemonToController | Flush, None, None]
+Replies = Generator[DaemonToController | Flush | Wait, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,16 @@ leaves first stands in a `finally`.
 def response(code: DaemonToController.Response.ValueType) -> DaemonToController:
     """Return a RESPONSE."""
     return DaemonToController(code=DaemonToController.RESPONSE, response=code)
+
+
+def refused(refusal: Refusal, code: DaemonToController.Response.ValueType) -> DaemonToController:
+    """Return a RESPONSE that says why, to those who can read it."""
+    reply = response(code)
+    reply.refusal.code = refusal.code
+    reply.refusal.cause = refusal.cause
+    reply.refusal.evidence = refusal.evidence
+    reply.refusal.remedy = refusal.remedy
+    return reply
 
 
 def named_uuid(request: ControllerToDaemon) -> str | None:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where provisioning keeps what, below `/data/cml`; the names of interop section 2.5 where it has one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The places of one data volume."""
+
+    data: Path
+    """Where the data volume is mounted."""
+
+    @property
+    def home(self) -> Path:
+        """Everything of ours."""
+        return self.data / "cml"
+
+    @property
+    def identity(self) -> Path:
+        """The device's UUID."""
+        return self.home / "device_id.conf"
+
+    @property
+    def marker(self) -> Path:
+        """Says that provisioning was completed: a cache of what the TPM knows, where there is one."""
+        return self.home / "_cml_provisioned_"
+
+    @property
+    def tombstone(self) -> Path:
+        """Says that the device was destroyed on command."""
+        return self.home / "destroyed"
+
+    @property
+    def record(self) -> Path:
+        """What was in place at completion; the TPM knows its digest."""
+        return self.home / "provisioning.json"
+
+    @property
+    def tokens(self) -> Path:
+        """Certificates and the softtoken."""
+        return self.home / "tokens"
+
+    @property
+    def device_csr(self) -> Path:
+        """PEM."""
+        return self.tokens / "device.csr"
+
+    @property
+    def certification(self) -> Path:
+        """What the TPM says of the key in the request, JSON."""
+        return self.tokens / "device.csr.tpm"
+
+    @property
+    def tpm(self) -> Path:
+        """Key blobs and sealed authorisations, of use to this device's TPM only."""
+        return self.home / "tpm"
+
+    def make(self) -> None:
+        """Make the directories, 0700, durably. Those that exist are left as they are."""
+        for directory in (self.home, self.tokens, self.tpm):
+            if not directory.is_dir():
+                directory.mkdir(mode=0o700)
+                sync_directory(directory.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make what was created, renamed or removed in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file for good; harmless when it is not there."""
+    path.unlink(missing_ok=True)
+    sync_directory(path.parent)

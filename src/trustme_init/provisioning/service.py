@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the vault can do: every operation that reads or changes what provisioning has set up.
+
+Runs in the vault's process, one operation at a time. Rules:
+
+- What is allowed in which state is one table (`states`). The gate of the control interface refuses first what
+  provisioning had; this is the second lock.
+- What is stored was judged before; a refused operation leaves the disk as it was.
+- A result is returned when the change is durable. Results have no secret in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography import x509
+
+from trustme_init.errors import DeviceRefusal, StorageRefusal, TrustRefusal
+from trustme_init.linux.files import write_atomic
+from trustme_init.policy import Policy
+from trustme_init.provisioning import destruction, identity, marker, record, requirements, states
+from trustme_init.provisioning.arguments import Arguments, Result, octets, text
+from trustme_init.provisioning.certstore import CertificateStore
+from trustme_init.provisioning.device_key import DeviceKey, SoftwareDeviceKey, TpmDeviceKey
+from trustme_init.provisioning.inventory import Inventory
+from trustme_init.provisioning.layout import Layout
+from trustme_init.provisioning.mode import FROM_FILE, FROM_TPM, Mode, ModeFact
+from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStore
+from trustme_init.tpm import nv_marker, ownership
+from trustme_init.tpm.connection import open_tpm
+from trustme_init.trust.anchors import AnchorSet, Purpose
+from trustme_init.trust.device import DeviceCertificate, verify_peer_certificate
+from trustme_init.trust.guestos import verify_guestos
+
+STORED: Final = (Purpose.GUEST, Purpose.DEVICE)
+"""The purposes that the certificate store has anchors for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the boot found out and the service builds on."""
+
+    data: Path
+    """Where the data volume is mounted."""
+    tcti: str | None
+    """None on a machine without a TPM, which only a development policy allows."""
+    policy: Policy
+    core_anchors: AnchorSet
+    """With what `dbx` revokes."""
+    mode: ModeFact
+
+
+class ProvisioningService:
+    """See the module. One object lives as long as its process."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._policy = surroundings.policy
+        self._core_anchors = surroundings.core_anchors
+        self._mode = surroundings.mode
+        self._state = states.of_mode(surroundings.mode.mode)
+        self._tcti = surroundings.tcti
+        self._layout = Layout(surroundings.data)
+        self._layout.make()
+        self._store = CertificateStore(self._layout.tokens)
+        self._token = TokenStore(self._layout.tokens, self._policy.pin_tries)
+        self._key: DeviceKey = (
+            TpmDeviceKey(self._tcti, self._layout.tpm, self._policy.device_key)
+            if self._tcti is not None
+            else SoftwareDeviceKey(self._layout.tokens / "device.key")
+        )
+        self._inventory = Inventory(
+            self._layout, self._policy, self._core_anchors, self._store, self._token, self._key
+        )
+
+    def handle(self, operation: str, arguments: Arguments) -> Result:
+        """Do one operation of OPERATIONS, if the state has it; refusals as `states.after`, and its own."""
+        state = states.after(self._state, operation)
+        result = OPERATIONS[operation](self, arguments)
+        self._state = state
+        return result
+
+    # The device itself
+
+    def prepare(self, _arguments: Arguments) -> Result:
+        """Make what a device in provisioning needs: UUID, TPM keys, and in a development build the rest."""
+        device_uuid = identity.load_or_create(self._layout.identity)
+        self._key.prepare()
+        if self._policy.provisions_itself:
+            if self._store.device_certificate() is None:
+                self._store.set_device_certificate(self._key.self_signed(device_uuid, self._inventory.now()))
+            if self._token.status().kind == "none":
+                self._token.create(DEVELOPMENT_PIN, common_name=str(device_uuid), now=self._inventory.now())
+        return {"device_uuid": str(device_uuid)}
+
+    def settle(self, _arguments: Arguments) -> Result:
+        """Finish a completion that a power cut came into: lock the marker, write its cache."""
+        if self._mode.mode is Mode.OPERATIONAL:
+            if not self._mode.locked and self._tcti is not None:
+                with open_tpm(self._tcti) as tpm:
+                    nv_marker.ensure_locked(tpm, ownership.authorisations(tpm, self._layout.tpm).owner)
+            if not self._layout.marker.exists():
+                marker.set_cache(self._layout)
+        return {}
+
+    def status(self, _arguments: Arguments) -> Result:
+        """Return the checklist and the names of everything."""
+        checklist = self._inventory.checklist()
+        device_uuid = identity.load(self._layout.identity)
+        return {
+            "completed": self._mode.mode is Mode.OPERATIONAL,
+            "development": self._policy.development,
+            "marker": self._mode.source,
+            "device_uuid": str(device_uuid) if device_uuid is not None else "",
+            "requirements": [
+                {
+                    "name": each.finding.name,
+                    "met": each.finding.met,
+                    "required": each.required,
+                    "detail": each.finding.detail,
+                }
+                for each in checklist
+            ],
+            "record_sha256": self._mode.record_sha256.hex(),
+            **self._inventory.names(),
+        }
+
+    def complete(self, _arguments: Arguments) -> Result:
+        """Complete provisioning, for good. ControlRefusal("provisioning-incomplete") says what is missing.
+
+        The record first, then the TPM's marker (the point of no return), its lock, and the file for people.
+        """
+        requirements.require_all(self._inventory.checklist())
+        device_uuid = identity.load(self._layout.identity)
+        if device_uuid is None:
+            raise StorageRefusal(
+                "device-id-missing",
+                "the device has no UUID yet",
+                remedy="wait until the first boot has prepared the device",
+            )
+        written = record.write(self._layout.record, device_uuid, self._record_facts())
+        if self._tcti is None:
+            marker.set_cache(self._layout)
+            source = FROM_FILE
+        else:
+            content = nv_marker.MarkerContent(device_uuid, written.sha256)
+            with open_tpm(self._tcti) as tpm:
+                owner = ownership.authorisations(tpm, self._layout.tpm).owner
+                nv_marker.complete_marker(tpm, owner, content)
+            marker.set_cache(self._layout)
+            source = FROM_TPM
+        self._mode = ModeFact(Mode.OPERATIONAL, "provisioning was completed", source, written.sha256)
+        return {"record_sha256": written.sha256.hex(), "source": source}
+
+    # Device identity
+
+    def csr(self, _arguments: Arguments) -> Result:
+        """Return the request for the device key's certificate, the same at every call, and the TPM's word."""
+        self.prepare({})
+        device_uuid = identity.load_or_create(self._layout.identity)
+        pem = self._inventory.request(device_uuid)
+        if pem is None:
+            pem = self._key.request(device_uuid)
+            write_atomic(self._layout.device_csr, pem, 0o644)
+        certification = self._key.certification(pem)
+        if certification:
+            write_atomic(self._layout.certification, certification, 0o644)
+        return {"csr": pem.decode(), "certification": certification.decode()}
+
+    def push_certificate(self, arguments: Arguments) -> Result:
+        """Take the device's certificate over, if it is the one; whatever was there stays otherwise."""
+        pem = octets(arguments, "certificate")
+        device_uuid = identity.load_or_create(self._layout.identity)
+        accepted = self._inventory.verify_own(pem, device_uuid)
+        self._store.set_device_certificate(pem)
+        return _certificate(accepted)
+
+    def verify_certificate(self, arguments: Arguments) -> Result:
+        """Judge another party's certificate by the device anchors."""
+        anchors = self._inventory.anchors(Purpose.DEVICE)
+        return _certificate(
+            verify_peer_certificate(
+                octets(arguments, "certificate"), anchors=anchors, at=self._inventory.now()
+            )
+        )
+
+    def verify_guestos(self, arguments: Arguments) -> Result:
+        """Judge a GuestOS by the guest anchors, as an installation would."""
+        verified = verify_guestos(
+            octets(arguments, "config"),
+            octets(arguments, "signature"),
+            octets(arguments, "certificate"),
+            self._inventory.anchors(Purpose.GUEST),
+            at=self._inventory.now(),
+            hardware=self._policy.hardware,
+            file_stem=None,
+        )
+        leaf = x509.load_der_x509_certificate(verified.signer.leaf_der)
+        return {
+            "sha256": verified.signer.sha256_fingerprint,
+            "subject": verified.signer.subject,
+            "anchor_sha256": verified.signer.anchor.sha256_fingerprint,
+            "not_after": int(leaf.not_valid_after_utc.timestamp()),
+            "device_uuid": "",
+        }
+
+    def activate(self, arguments: Arguments) -> Result:
+        """Answer a signer's challenge: both TPM keys are in one TPM, the one with this endorsement key."""
+        if not isinstance(self._key, TpmDeviceKey):
+            raise DeviceRefusal("tpm-missing", "there is no TPM that could answer a challenge")
+        secret = self._key.activate(
+            octets(arguments, "credential_blob"), octets(arguments, "encrypted_secret")
+        )
+        return {"secret": secret.hex()}
+
+    # Certificate store
+
+    def add_authority(self, arguments: Arguments) -> Result:
+        """Add an anchor for GuestOSes or for device certificates; or set the one local CA."""
+        pem = octets(arguments, "certificate")
+        if text(arguments, "purpose") == "local":
+            entry = self._store.set_local(
+                pem, at=self._inventory.now(), revocations=self._core_anchors.revocations
+            )
+        else:
+            entry = self._store.add(
+                Purpose(text(arguments, "purpose")),
+                pem,
+                at=self._inventory.now(),
+                revocations=self._core_anchors.revocations,
+            )
+        return {"sha256": entry.sha256, "subject": entry.subject}
+
+    def remove_authority(self, arguments: Arguments) -> Result:
+        """Remove an anchor by its SHA-256, whichever purpose it serves."""
+        wanted = text(arguments, "sha256").lower()
+        serving = [purpose for purpose in STORED if self._names(purpose, wanted)]
+        if len(serving) > 1:
+            raise TrustRefusal(
+                "authority-ambiguous",
+                "authorities of several purposes are called that",
+                evidence=wanted[:64],
+                remedy="give the whole SHA-256 (`control ca_list --json`)",
+            )
+        return {"sha256": self._store.remove(serving[0] if serving else STORED[0], wanted)}
+
+    def authorities(self, _arguments: Arguments) -> Result:
+        """Return every registered anchor."""
+        return {"authorities": [each for purpose in STORED for each in self._listed(purpose)]}
+
+    def _listed(self, purpose: Purpose) -> Iterator[Result]:
+        """Yield what is stored for a purpose; of a damaged file only its name, and what is wrong with it."""
+        for entry in self._store.entries(purpose):
+            yield {
+                "sha256": entry.sha256,
+                "subject": entry.subject,
+                "purpose": purpose.value,
+                "not_after": int(entry.not_after.timestamp()),
+                "source": entry.source,
+            }
+        for damaged in self._store.damaged(purpose):
+            yield {
+                "sha256": damaged.sha256_fingerprint,
+                "subject": "",
+                "purpose": purpose.value,
+                "not_after": 0,
+                "source": f"DAMAGED, not used: {damaged.reason}",
+            }
+
+    def _names(self, purpose: Purpose, beginning: str) -> bool:
+        return any(each["sha256"].startswith(beginning) for each in self._listed(purpose))
+
+    # The device's token
+
+    def token_status(self, _arguments: Arguments) -> Result:
+        """Return what kind of token there is, and how many tries its PIN has left."""
+        status = self._token.status()
+        return {
+            "kind": status.kind,
+            "certificate_sha256": status.certificate_sha256 or "",
+            "tries_left": status.tries_left,
+            "default_pin": status.default_pin,
+            "rounds": status.rounds or 0,
+        }
+
+    def token_create(self, arguments: Arguments) -> Result:
+        """Make a softtoken with a PIN; there must be none."""
+        device_uuid = identity.load_or_create(self._layout.identity)
+        self._token.create(text(arguments, "pin"), common_name=str(device_uuid), now=self._inventory.now())
+        return self.token_status({})
+
+    def token_unlock(self, arguments: Arguments) -> Result:
+        """Open the token with its PIN and forget it again: the way every use of the token begins."""
+        self._token.unlock(text(arguments, "pin"))
+        return self.token_status({})
+
+    def token_change_pin(self, arguments: Arguments) -> Result:
+        """Change the PIN: the old one stays until the new one is durable."""
+        self._token.change_pin(text(arguments, "pin"), text(arguments, "new_pin"))
+        return self.token_status({})
+
+    def token_replace(self, arguments: Arguments) -> Result:
+        """Put an operator's PKCS#12 file in the place of the token."""
+        self._token.replace(octets(arguments, "token"), text(arguments, "pin"))
+        return self.token_status({})
+
+    def token_remove(self, _arguments: Arguments) -> Result:
+        """Destroy the token. What its key had wrapped is lost."""
+        self._token.remove()
+        return self.token_status({})
+
+    # The end of data
+
+    def wipe(self, _arguments: Arguments) -> Result:
+        """Remove what containers left."""
+        return {"removed": list(destruction.wipe(self._layout))}
+
+    def destroy(self, _arguments: Arguments) -> Result:
+        """Clear the TPM, remove every key; the device never runs again as what it was."""
+        destruction.destroy(self._layout, self._tcti)
+        return {}
+
+    def _record_facts(self) -> dict[str, Any]:
+        token = self._token.status()
+        return {
+            "completed_at": f"{self._inventory.now():%Y-%m-%dT%H:%M:%SZ}",
+            "development": self._policy.development,
+            "authorities": self.authorities({})["authorities"],
+            "token": {"kind": token.kind, "certificate_sha256": token.certificate_sha256 or ""},
+            **self._inventory.names(),
+        }
+
+
+OPERATIONS: Final[Mapping[str, Callable[[ProvisioningService, Arguments], Result]]] = {
+    "prepare": ProvisioningService.prepare,
+    "settle": ProvisioningService.settle,
+    "status": ProvisioningService.status,
+    "complete": ProvisioningService.complete,
+    "csr": ProvisioningService.csr,
+    "push-certificate": ProvisioningService.push_certificate,
+    "verify-certificate": ProvisioningService.verify_certificate,
+    "verify-guestos": ProvisioningService.verify_guestos,
+    "activate": ProvisioningService.activate,
+    "add-authority": ProvisioningService.add_authority,
+    "remove-authority": ProvisioningService.remove_authority,
+    "authorities": ProvisioningService.authorities,
+    "token-status": ProvisioningService.token_status,
+    "token-create": ProvisioningService.token_create,
+    "token-unlock": ProvisioningService.token_unlock,
+    "token-change-pin": ProvisioningService.token_change_pin,
+    "token-replace": ProvisioningService.token_replace,
+    "token-remove": ProvisioningService.token_remove,
+    "wipe": ProvisioningService.wipe,
+    "destroy": ProvisioningService.destroy,
+}
+"""What the names of `states.TABLE` do."""
+
+
+def _certificate(accepted: DeviceCertificate) -> Result:
+    return {
+        "sha256": accepted.sha256,
+        "subject": accepted.subject,
+        "anchor_sha256": accepted.anchor.sha256_fingerprint,
+        "not_after": int(accepted.not_after.timestamp()),
+        "device_uuid": str(accepted.uuid) if accepted.uuid is not None else "",
+    }
