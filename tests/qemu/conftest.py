@@ -21,6 +21,7 @@ from trustme_tools.machine.vm import Outcome, SavedState, VirtualMachine
 from trustme_tools.pki.directory import PkiDirectory
 
 HERE = Path(__file__).parent
+PREPARED = r"device \S+ is ready to be provisioned"
 PASSED = pytest.StashKey[bool]()
 
 
@@ -98,6 +99,8 @@ def _cold_boot(disk_image: Path, enrolled: Firmware, directory: Path, *, agent: 
             pytest.fail(
                 f"the cold boot ended with {outcome}\n{machine.boot.text}\n{machine.serial.text[-2000:]}"
             )
+        # Not before the vault is done: every test that starts from this state would do its work again.
+        machine.wait_log(PREPARED, 180)
         wait_for_core_shell(machine)
         report = boot_report(machine)
         logs = machine.boot.text, machine.serial.text

@@ -69,6 +69,8 @@ def own_environment() -> None:
     """
     os.environ.clear()
     os.environ["PATH"] = TOOL_PATH
+    # The TPM library writes to standard error what it also returns: the console is for our lines.
+    os.environ["TSS2_LOG"] = "all+none"
 
 
 def quieten_console() -> None:

@@ -20,8 +20,10 @@ def test_row15_tools_inherit_nothing_from_the_command_line(monkeypatch: pytest.M
     shown = subprocess.run(
         [sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True, env=os.environ
     ).stdout
-    assert set(eval(shown)) <= {"PATH", "LC_CTYPE"}  # noqa: S307 - our own list; Python may add its locale
+    # Our own list; Python may add its locale.
+    assert set(eval(shown)) <= {"PATH", "TSS2_LOG", "LC_CTYPE"}  # noqa: S307
     assert os.environ["PATH"] == early.TOOL_PATH
+    assert os.environ["TSS2_LOG"] == "all+none", "the TPM library writes nothing to the console"
 
 
 def test_a_kernel_without_sysrq_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
