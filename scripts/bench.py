@@ -21,7 +21,7 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from scripts.benchmarks import imports, machine, native, targets  # noqa: E402 - a script finds its own tree first
+from scripts.benchmarks import imports, machine, native, provisioning, targets  # noqa: E402 - a script finds its own tree first
 from trustme_tools.errors import ToolError  # noqa: E402
 
 RESULT_VERSION: Final = 1
@@ -74,6 +74,8 @@ def _native(results: dict[str, Any], boots: int) -> None:
         results["imports"] = imports.measure(copy)
         print(f"bench: {boots + 1} native boots", file=sys.stderr)
         results["native"] = native.boots(directory, copy, boots)
+        print("bench: provisioning", file=sys.stderr)
+        results["provisioning"] = provisioning.measure(directory / "provisioning")
 
 
 def _machine(results: dict[str, Any], image: Path, *, with_vm: bool) -> None:

@@ -68,6 +68,12 @@ def render(results: Mapping[str, Any]) -> str:
         for part, cost in imports.items():
             dearest = ", ".join(f"{name} {ms:g}" for name, ms in list(cost["dearest_ms"].items())[:3])
             lines.append(f"{part:<24}{cost['modules']:>8}{cost['ms']:>8.1f}  {dearest}")
+    if provisioning := results.get("provisioning"):
+        lines += ["", f"{'provisioning':<42}{'TPM commands':>14}{'swtpm, s':>10}{'chip, s':>10}"]
+        lines += [
+            f"  {step['name']:<40}{step['commands']:>14}{step['swtpm_s']:>10.3f}{step['chip_s']:>10.2f}"
+            for step in provisioning["steps"]
+        ]
     if machine := results.get("machine"):
         lines += ["", f"virtual machine ({machine['accelerator']}), ms from the kernel's start"]
         lines += [f"  {name:<22}{ms:>10.0f}" for name, ms in machine["times_ms"].items()]

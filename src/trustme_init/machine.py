@@ -110,6 +110,11 @@ class Machine:
         return self.run / "boot.json"
 
     @property
+    def measurement_log(self) -> Path:
+        """What was extended into the TPM, as CEL-JSON records."""
+        return self.run / "measurements.cel"
+
+    @property
     def compartments(self) -> Path:
         """State and sockets of compartments, one directory per UUID."""
         return self.run / "compartments"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import select
 import signal
 import subprocess
@@ -29,6 +30,7 @@ class SoftwareTpm:
         self.tcti = f"swtpm:path={self._socket}"
 
     def __enter__(self) -> Self:
+        log = os.open(self._state.parent / "swtpm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._process = subprocess.Popen(
             [
                 "swtpm",
@@ -41,8 +43,10 @@ class SoftwareTpm:
                 "--log=level=0",
             ],
             stdout=subprocess.PIPE,
+            stderr=log,
             preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call; the test process has no threads here
         )
+        os.close(log)  # it gets a line each time somebody disconnects
         while not self._socket.exists():
             assert self._process.poll() is None, "swtpm did not start"
             select.select([], [], [], 0.01)

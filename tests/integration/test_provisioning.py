@@ -26,6 +26,7 @@ from trustme_init.proto.control_pb2 import DEVICE_ANCHOR, GUEST_ANCHOR
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
 from trustme_init.provisioning.mode import Mode
+from trustme_init.tpm.measure import PCR
 from trustme_init.tpm.nv_marker import INDEX
 from trustme_tools.guestos.build import STORE_DIRECTORY
 from trustme_tools.guestos.signing import pki_signer, signed
@@ -130,6 +131,20 @@ def test_from_first_boot_to_operation_by_a_reboot(device: Make, factory: Factory
         assert f"record {status.record_sha256}" in measured_mode(boot)
 
 
+def events(boot: Boot) -> list[str]:
+    lines = boot.path("/run/trustme/measurements.cel").read_text().splitlines()
+    return [json.loads(line)["content"]["event"] for line in lines]
+
+
+def replayed(boot: Boot) -> str:
+    """Return the PCR that the measurement log implies."""
+    value = bytes(32)
+    for line in boot.path("/run/trustme/measurements.cel").read_text().splitlines():
+        event = json.dumps(json.loads(line)["content"], sort_keys=True).encode()
+        value = hashlib.sha256(value + hashlib.sha256(event).digest()).digest()
+    return value.hex()
+
+
 def measured_mode(boot: Boot) -> str:
     for line in boot.path("/run/trustme/measurements.cel").read_text().splitlines():
         content = json.loads(line)["content"]
@@ -149,6 +164,8 @@ def test_set_provisioned_closes_the_door_with_its_reply(device: Make, factory: F
             assert control.request(Request(command=Request.GET_PROVISIONED)).device_is_provisioned
         boot.wait_for("provisioning completed: operational mode")
         assert boot.report["mode"]["value"] == "operational"
+        assert events(boot)[-1] == "completion"
+        assert boot.tpm.pcr(PCR) == replayed(boot), "the completion is measured, in this boot already"
 
 
 def test_t2_every_command_in_each_mode_over_the_socket(device: Make, factory: Factory) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.qemu.agent import Agent
-from tests.qemu.conftest import ColdBoot, boot_report, wait_for_core_shell
+from tests.qemu.conftest import PREPARED, ColdBoot, boot_report, wait_for_core_shell
 from trustme_tools.machine.firmware import Firmware
 from trustme_tools.machine.images import ImageDirectory
 from trustme_tools.machine.vm import VirtualMachine
@@ -21,7 +21,10 @@ def test_a_new_device_reaches_running_under_secure_boot(cold_boot: ColdBoot) -> 
     lines = re.findall(r"^trustme: stage (\d)/7 (\w+) (\d+) ms$", cold_boot.boot_log, re.MULTILINE)
     assert [name for _, name, _ in lines] == STAGES
     assert [int(number) for number, _, _ in lines] == [1, 2, 3, 4, 5, 6, 7]
-    assert cold_boot.boot_log.rstrip().endswith("trustme: core container RUNNING")
+    *firmware_and_stages, running, prepared = cold_boot.boot_log.rstrip().splitlines()
+    assert running == "trustme: core container RUNNING"
+    assert re.fullmatch(f"trustme: {PREPARED}", prepared)
+    assert all(re.match(r"BdsDxe: |trustme: |$", line) for line in firmware_and_stages), "nobody else speaks"
     assert "Kernel panic" not in cold_boot.serial_log + cold_boot.boot_log
 
 

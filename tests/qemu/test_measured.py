@@ -42,7 +42,7 @@ def test_row20_our_log_replays_to_our_register(inside: tuple[VirtualMachine, Age
         events.append(content["event"])
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
         value = hashlib.sha256(value + digest).digest()
-    assert events == ["mode", "core-anchors", "core-config", "core-image"]
+    assert events == ["build", "mode", "core-anchors", "core-config", "core-image"]
     assert agent.run(READ_REGISTERS)["13"] == value.hex()
 
 

@@ -36,7 +36,6 @@ SIGNATURE_LIMIT: Final = 4096
 CERTIFICATE_LIMIT: Final = 64 * 1024
 _SUFFIXES: Final = {".conf": CONFIG_LIMIT, ".sig": SIGNATURE_LIMIT, ".cert": CERTIFICATE_LIMIT}
 GUESTOS_DIR: Final = "operatingsystems"
-MEASUREMENT_LOG: Final = "measurements.cel"
 IGNORED_LIMIT: Final = 32
 """Names in the boot report: a store can be written by others, and the report lives in memory."""
 
@@ -127,7 +126,7 @@ def measure(machine: Machine, measurer: Measurer | None, events: Sequence[Measur
     """Extend what is about to be used into the TPM; DeviceRefusal("tpm-failed") stops the boot."""
     if measurer is not None:
         with measurer:
-            measurer.extend(events, machine.run / MEASUREMENT_LOG)
+            measurer.extend(events, machine.measurement_log)
 
 
 def measurements(

@@ -286,6 +286,7 @@ class Device:
                 policy=self._policy,
                 core_anchors=platform.read(self._machine.efivars, self._policy).anchors,
                 mode=mode,
+                measurement_log=self._machine.measurement_log,
             )
         )
 
@@ -367,7 +368,7 @@ class Device:
 
     def logs(self) -> Sequence[LogFile]:
         """Return the boot report, the measurement log and every log file."""
-        named = [self._machine.report, self._machine.run / "measurements.cel"]
+        named = [self._machine.report, self._machine.measurement_log]
         files = [path for path in named if path.exists()] + self._log_files()
         return [LogFile(path.name, path) for path in files]
 

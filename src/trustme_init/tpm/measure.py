@@ -34,6 +34,8 @@ from trustme_init.linux.files import write_all
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tpm2_pytss import ESAPI
+
 PCR: Final = 13
 """Firmware uses 0-7, the boot stub 11 and 12; 13 is the register for what the base system then starts."""
 EVENT_LIMIT: Final = 1024
@@ -73,23 +75,8 @@ class Measurer:
             DeviceRefusal: "tpm-failed" when any event could not be extended; nothing may then be used.
         """
         for measurement in measurements:
-            digests = self._measured(measurement)
-            if not digests:
-                raise DeviceRefusal(
-                    "tpm-no-bank",
-                    "the TPM has no register bank stronger than SHA-1",
-                    evidence=f"PCR {PCR}: none of {', '.join(STRONG)} is active",
-                    remedy="activate the SHA-256 bank in the firmware set-up",
-                )
-            try:
-                _append(log, measurement, digests)
-            except OSError as exc:
-                raise DeviceRefusal(
-                    "measurement-log-unwritable",
-                    "a measurement cannot be logged",
-                    evidence=f"{log}: {exc.strerror}",
-                    remedy="restart the device",
-                ) from exc
+            reply = self._ask({"event": measurement.event, "data": measurement.data}, measurement.event)
+            _record(measurement, reply, log)
 
     def marker(self) -> dict[str, Any]:
         """Return what the NV index of the provisioning marker says, as `nv_marker.MarkerReading` in JSON.
@@ -103,19 +90,6 @@ class Measurer:
         if not isinstance(reply.get("marker"), dict):
             raise _failed("its provisioning marker", f"an answer without one: {sorted(reply)}")
         return dict(reply["marker"])
-
-    def _measured(self, measurement: Measurement) -> list[dict[str, str]]:
-        """Have one event extended; return its digest in every strong bank."""
-        reply = self._ask({"event": measurement.event, "data": measurement.data}, measurement.event)
-        try:
-            digests = {str(each["hashAlg"]): str(each["digest"]) for each in reply["digests"]}
-        except (TypeError, KeyError) as exc:
-            raise _failed(measurement.event, f"{type(exc).__name__}: {exc}") from exc
-        event = event_data(measurement.event, measurement.data)
-        for name, digest in digests.items():
-            if name not in STRONG or hashlib.new(name, event).hexdigest() != digest:
-                raise _failed(measurement.event, f"the TPM reports another {name} digest than the event's")
-        return [{"hashAlg": name, "digest": digest} for name, digest in digests.items()]
 
     def _ask(self, request: dict[str, str], what: str) -> dict[str, Any]:
         """Return the child's reply to one request; what it refuses is raised here."""
@@ -162,6 +136,49 @@ class Measurer:
         finally:
             os.close(pidfd)
         self._pid = 0
+
+
+def extend_here(esapi: ESAPI, measurement: Measurement, log: Path) -> None:
+    """Extend and log one event in the process that has the TPM open; refusals as `Measurer.extend`."""
+    request = {"event": measurement.event, "data": measurement.data}
+    reply = _extend(esapi, _active_banks(esapi), request)
+    if "error" in reply:
+        raise _failed(measurement.event, str(reply["error"]))
+    _record(measurement, reply, log)
+
+
+def _record(measurement: Measurement, reply: dict[str, Any], log: Path) -> None:
+    """Judge what the TPM says it extended, and append it to the log."""
+    digests = _digests(measurement, reply)
+    if not digests:
+        raise DeviceRefusal(
+            "tpm-no-bank",
+            "the TPM has no register bank stronger than SHA-1",
+            evidence=f"PCR {PCR}: none of {', '.join(STRONG)} is active",
+            remedy="activate the SHA-256 bank in the firmware set-up",
+        )
+    try:
+        _append(log, measurement, digests)
+    except OSError as exc:
+        raise DeviceRefusal(
+            "measurement-log-unwritable",
+            "a measurement cannot be logged",
+            evidence=f"{log}: {exc.strerror}",
+            remedy="restart the device",
+        ) from exc
+
+
+def _digests(measurement: Measurement, reply: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the event's digest in every strong bank, each of which must be the one we compute."""
+    try:
+        digests = {str(each["hashAlg"]): str(each["digest"]) for each in reply["digests"]}
+    except (TypeError, KeyError) as exc:
+        raise _failed(measurement.event, f"{type(exc).__name__}: {exc}") from exc
+    event = event_data(measurement.event, measurement.data)
+    for name, digest in digests.items():
+        if name not in STRONG or hashlib.new(name, event).hexdigest() != digest:
+            raise _failed(measurement.event, f"the TPM reports another {name} digest than the event's")
+    return [{"hashAlg": name, "digest": digest} for name, digest in digests.items()]
 
 
 def _failed(what: str, evidence: str) -> DeviceRefusal:
