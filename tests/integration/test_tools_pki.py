@@ -73,6 +73,29 @@ def test_openssl_opens_the_keys(pki: PkiDirectory) -> None:
         openssl("pkey", "-in", pki.key_path(name), "-passin", "pass:trustme-development", "-noout")
 
 
+def test_openssl_accepts_a_device_certificate(tmp_path: Path, pki: PkiDirectory) -> None:
+    """Of every kind of CA, the id-RSASSA-PSS one too."""
+    csr, key, path = tmp_path / "device.csr", tmp_path / "device.key", pki.certificate_path
+    name = "subjectAltName=URI:UUID:0b2c4a6e-5d1f-4c38-9a77-3f0e6d1b2c4a"
+    openssl(
+        *("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", key),
+        *("-subj", "/CN=backend/O=Somebody else", "-addext", name, "-out", csr),
+    )
+    done = trustme("pki", "sign-device", csr, "--pki", pki.path, "--allow-software-key")
+    assert done.returncode == 0, done.stderr
+    leaf = tmp_path / "device.cert"
+    openssl("verify", "-x509_strict", "-CAfile", path("gen_rootca"), "-untrusted", leaf, leaf)
+    openssl("verify", "-x509_strict", "-partial_chain", "-trusted", path("device_subca"), leaf)
+    openssl(
+        *("verify", "-purpose", "sslclient", "-CAfile", path("gen_rootca"), "-untrusted", leaf, leaf),
+    )
+    shown = openssl("x509", "-in", leaf, "-noout", "-subject", "-ext", "subjectAltName,extendedKeyUsage")
+    assert "CN = 0b2c4a6e-5d1f-4c38-9a77-3f0e6d1b2c4a" in shown
+    assert "URI:UUID:0b2c4a6e-5d1f-4c38-9a77-3f0e6d1b2c4a" in shown
+    assert "TLS Web Client Authentication" in shown
+    assert "backend" not in shown
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_keys_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
     done = trustme("pki", "create", tmp_path / "pki", "--algorithm", "p384", "--development", umask=umask)

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from trustme_init.trust.certificate import LIFECYCLE_PURPOSE
 from trustme_tools.pki.keys import PSS_SALT_LENGTH, KeyType, NewKey
 from trustme_tools.tooling import run, secret_file
 
@@ -31,6 +32,8 @@ BACKDATE: Final = timedelta(days=1)
 ROOT_DAYS: Final = 3650
 SUB_CA_DAYS: Final = 2190
 LEAF_DAYS: Final = 1095
+
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 class Role(Enum):
@@ -40,6 +43,7 @@ class Role(Enum):
     SUB_CA = "sub CA"
     """Issues leaves only (path length 0)."""
     CODE_SIGNING = "code signing leaf"
+    LIFECYCLE = "lifecycle statement leaf"
     PLATFORM = "platform key"
     """PK, KEK, db: never a CA, so that a platform key in db is no anchor for the core container."""
 
@@ -50,6 +54,14 @@ class Issuer:
 
     certificate: x509.Certificate
     key: NewKey
+
+
+def extension_value(extensions: x509.Extensions, kind: type[_Extension]) -> _Extension | None:
+    """Return the value of one extension, or None where it is absent."""
+    try:
+        return extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
 
 
 def default_not_before() -> datetime:
@@ -99,6 +111,8 @@ def issue(
         builder = builder.add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING]), critical=False
         )
+    if role is Role.LIFECYCLE:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([LIFECYCLE_PURPOSE]), critical=False)
     if isinstance(signer.private, ed25519.Ed25519PrivateKey):
         return builder.sign(signer.private, None)
     if isinstance(signer.private, rsa.RSAPrivateKey):
@@ -175,6 +189,8 @@ _EXTENSIONS: Final = {
     Role.SUB_CA: "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n",
     Role.CODE_SIGNING: "basicConstraints=critical,CA:FALSE\n"
     "keyUsage=critical,digitalSignature,nonRepudiation\nextendedKeyUsage=codeSigning\n",
+    Role.LIFECYCLE: "basicConstraints=critical,CA:FALSE\n"
+    f"keyUsage=critical,digitalSignature\nextendedKeyUsage={LIFECYCLE_PURPOSE.dotted_string}\n",
     Role.PLATFORM: "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n",
 }
 

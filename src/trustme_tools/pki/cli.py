@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trustme pki`: create, show."""
+"""`trustme pki`: create, show, sign-device."""
 
 from __future__ import annotations
 
 import argparse
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 from trustme_tools.cli.options import add_passphrase, ask_new_passphrase, read_passphrase
 from trustme_tools.cli.verbs import Result, add_family, add_verb, progress
@@ -14,8 +16,12 @@ if TYPE_CHECKING:
     from cryptography import x509
 
     from trustme_tools.cli.verbs import Subparsers
+    from trustme_tools.guestos.signing import Signer
     from trustme_tools.pki.directory import PkiDirectory
+    from trustme_tools.pki.request import DeviceRequest
+    from trustme_tools.pki.tpm_certification import Checked
 
+_DAYS_LIMIT: Final = 36500
 _ALGORITHMS = ("rsa4096", "rsapss4096", "p384")
 
 
@@ -60,10 +66,80 @@ def register(subparsers: Subparsers) -> None:
         verbs,
         "show",
         _show,
-        summary="list the certificates of a PKI directory",
-        examples="  trustme pki show pki\n",
+        summary="list the certificates of a PKI directory or of a file, and what each is for",
+        examples="  trustme pki show pki\n  trustme pki show device.cert\n",
     )
-    show.add_argument("directory", type=Path)
+    show.add_argument("path", type=Path, help="directory of `trustme pki create`, or a PEM or DER file")
+    _add_sign_device(verbs)
+
+
+def _add_sign_device(verbs: Subparsers) -> None:
+    sign = add_verb(
+        verbs,
+        "sign-device",
+        _sign_device,
+        summary="issue a device certificate for a request whose key a TPM vouches for",
+        description="Check a device's request and the TPM certification that came with it, and issue the\n"
+        "certificate with the device CA. Only public key and UUID are taken from the request.\n"
+        "The output is the chain to give back with `control push_cert`.",
+        examples="  trustme pki sign-device device.csr --pki pki\n"
+        "  trustme pki sign-device device.csr --pki pki --ek-ca maker-root.pem --ek-ca maker-ca.pem \\\n"
+        "      --uuid 0b2c4a6e-5d1f-4c38-9a77-3f0e6d1b2c4a\n"
+        "  trustme pki sign-device device.csr --pki pki --allow-software-key --days 30\n"
+        "  trustme pki sign-device device.csr --cert ca.cert --sign-command 'ssh hsm sign-sha512'\n",
+    )
+    sign.add_argument("request", type=Path, metavar="CSR", help="what `control pull_csr` wrote (PEM or DER)")
+    sign.add_argument(
+        "--certification",
+        type=Path,
+        metavar="FILE",
+        help="the TPM's certification of the key (default: CSR.tpm, where it exists)",
+    )
+    sign.add_argument(
+        "--ek-ca",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PEM",
+        help="CAs of the TPM's maker, roots and intermediates; may be repeated",
+    )
+    sign.add_argument(
+        "--allow-software-key", action="store_true", help="sign a key that no TPM vouches for, and say so"
+    )
+    sign.add_argument("--uuid", type=UUID, metavar="UUID", help="refuse the request of any other device")
+    sign.add_argument(
+        "--days",
+        type=_days,
+        default=730,
+        metavar="N",
+        help="how long the certificate is valid (default: 730)",
+    )
+    sign.add_argument(
+        "--out", type=Path, metavar="CERT", help="chain to write (default: the request's name with .cert)"
+    )
+    sign.add_argument("--force", action="store_true", help="replace an existing chain")
+    group = sign.add_argument_group(
+        "device CA", "one of: --pki, --key with --cert, --sign-command with --cert"
+    )
+    group.add_argument("--pki", type=Path, metavar="DIR", help="directory of `trustme pki create`")
+    group.add_argument(
+        "--signer", default="device_subca", metavar="NAME", help="name in --pki (default: device_subca)"
+    )
+    group.add_argument("--key", type=Path, metavar="FILE", help="PEM private key of the CA")
+    group.add_argument("--cert", type=Path, metavar="FILE", help="PEM chain, the device CA first")
+    group.add_argument(
+        "--sign-command",
+        metavar="COMMAND",
+        help="reads the data on stdin, writes the raw SHA-512 signature on stdout; run without a shell",
+    )
+    add_passphrase(sign)
+
+
+def _days(text: str) -> int:
+    days = int(text) if text.isascii() and text.isdigit() else 0
+    if not 0 < days <= _DAYS_LIMIT:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of days between 1 and {_DAYS_LIMIT}")
+    return days
 
 
 def _create(args: argparse.Namespace) -> Result:
@@ -91,18 +167,32 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _show(args: argparse.Namespace) -> Result:
-    from trustme_tools.pki.directory import PkiDirectory
+    from trustme_tools.pki.directory import PkiDirectory, load_chain
 
-    return _describe(PkiDirectory(args.directory))
+    if args.path.is_dir() or not args.path.exists():
+        return _describe(PkiDirectory(args.path))
+    facts = [_facts(certificate) for certificate in load_chain(args.path)]
+    blocks = [
+        f"{each['subject']}\n"
+        f"  for        {each['purpose']}\n"
+        f"  issuer     {each['issuer']}\n"
+        f"  key        {each['key']}\n"
+        f"  valid      {each['not_before'][:10]} to {each['not_after'][:10]}\n"
+        f"  sha256     {each['sha256']}"
+        for each in facts
+    ]
+    return Result({"file": args.path, "certificates": facts}, "\n".join(blocks))
 
 
 def _describe(pki: PkiDirectory) -> Result:
     from trustme_tools.pki.create import NAMES
+    from trustme_tools.pki.purpose import ROLES
 
-    certificates = {name: _facts(pki.certificate(name)) for name in NAMES}
+    certificates = {name: {**_facts(pki.certificate(name)), "role": ROLES[name]} for name in NAMES}
     lines = [
-        f"{name:14} {facts['key']:18} until {facts['not_after'][:10]}  "
-        f"{facts['sha256'][:16]}…  {facts['subject']}"
+        f"{name:16} {facts['key']:18} until {facts['not_after'][:10]}  "
+        f"{facts['sha256'][:16]}…  {facts['subject']}\n"
+        f"{'':16} {facts['role']}"
         for name, facts in certificates.items()
     ]
     data = {"directory": pki.path, "development": pki.is_development, "certificates": certificates}
@@ -112,6 +202,8 @@ def _describe(pki: PkiDirectory) -> Result:
 def _facts(certificate: x509.Certificate) -> dict[str, Any]:
     from cryptography.hazmat.primitives import hashes
 
+    from trustme_tools.pki.purpose import describe_purpose
+
     return {
         "subject": certificate.subject.rfc4514_string(),
         "issuer": certificate.issuer.rfc4514_string(),
@@ -119,7 +211,111 @@ def _facts(certificate: x509.Certificate) -> dict[str, Any]:
         "not_before": certificate.not_valid_before_utc.isoformat(),
         "not_after": certificate.not_valid_after_utc.isoformat(),
         "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
+        "purpose": describe_purpose(certificate),
     }
+
+
+def _sign_device(args: argparse.Namespace) -> Result:
+    from trustme_tools.pki.device import sign_device
+    from trustme_tools.pki.request import REQUEST_LIMIT, read_request
+    from trustme_tools.publish import refuse_existing, write_atomic
+
+    out = args.out or args.request.with_suffix(".cert")
+    refuse_existing(out, force=args.force)
+    request = read_request(_bytes(args.request, REQUEST_LIMIT), uuid=args.uuid)
+    now = datetime.now(UTC)
+    checked = _certification(args, request, now)
+    issued = sign_device(
+        request,
+        _device_ca(args),
+        certification=checked,
+        allow_software_key=args.allow_software_key,
+        days=args.days,
+        now=now,
+    )
+    write_atomic(out, issued.pem)
+    data: dict[str, Any] = {
+        "certificate": out,
+        "uuid": str(request.uuid),
+        "software_key": issued.software_key,
+        "not_granted": list(request.not_granted),
+        "tpm": _tpm_facts(checked),
+        "serial": f"{issued.certificate.serial_number:x}",
+        **_facts(issued.certificate),
+    }
+    return Result(data, _sign_text(out, data, request.not_granted))
+
+
+def _certification(args: argparse.Namespace, request: DeviceRequest, now: datetime) -> Checked | None:
+    """Return the judged certification, or None where none was given and none lies beside the request."""
+    from trustme_tools.pki import tpm_certification
+    from trustme_tools.pki.directory import load_chain
+
+    path = args.certification or args.request.with_name(f"{args.request.name}.tpm")
+    if args.certification is None and not path.exists():
+        return None
+    data = _bytes(path, tpm_certification.DOCUMENT_LIMIT)
+    cas = [certificate for name in args.ek_ca for certificate in load_chain(name)]
+    return tpm_certification.check(tpm_certification.read_certification(data), request, ek_cas=cas, at=now)
+
+
+def _device_ca(args: argparse.Namespace) -> Signer:
+    from trustme_tools.errors import UsageError
+    from trustme_tools.guestos import signing
+    from trustme_tools.pki.directory import PkiDirectory
+
+    match args.pki, args.key, args.sign_command, args.cert:
+        case Path(), None, None, None:
+            return signing.pki_signer(PkiDirectory(args.pki), args.signer, read_passphrase(args))
+        case None, Path(), None, Path():
+            return signing.key_signer(args.key, args.cert, read_passphrase(args))
+        case None, None, str(), Path():
+            return signing.command_signer(args.sign_command, args.cert)
+    raise UsageError(
+        "which device CA signs is not clear",
+        "give --pki DIR, or --key FILE --cert FILE, or --sign-command COMMAND --cert FILE",
+        code="no-signer",
+    )
+
+
+def _bytes(path: Path, limit: int) -> bytes:
+    """Read at most one byte more than `limit`, so that the reader sees the excess."""
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def _tpm_facts(checked: Checked | None) -> dict[str, Any] | None:
+    if checked is None:
+        return None
+    certificate = checked.ek_certificate
+    return {
+        "ek_sha256": checked.ek.sha256,
+        "ak_sha256": checked.ak.sha256,
+        "ek_certificate": _facts(certificate) if certificate is not None else None,
+        "ek_vouched_for_by": checked.ek_anchor,
+        "unproven": list(checked.unproven),
+    }
+
+
+def _sign_text(out: Path, data: dict[str, Any], not_granted: tuple[str, ...]) -> str:
+    lines = [
+        str(out),
+        f"  device     {data['uuid']}",
+        f"  key        {data['key']}",
+        f"  valid      {data['not_before'][:10]} to {data['not_after'][:10]}",
+        f"  issuer     {data['issuer']}",
+        f"  sha256     {data['sha256']}",
+    ]
+    lines += [f"  not granted: {text}" for text in not_granted]
+    tpm = data["tpm"]
+    if tpm is None:
+        lines.append("  SOFTWARE KEY: no TPM vouches for it; whoever copies it is this device")
+        return "\n".join(lines)
+    lines.append(f"  EK         sha256:{tpm['ek_sha256']}")
+    if tpm["ek_vouched_for_by"] is not None:
+        lines.append(f"  EK vouched for by {tpm['ek_vouched_for_by']}")
+    lines += [f"  not proven: {text}" for text in tpm["unproven"]]
+    return "\n".join(lines)
 
 
 def describe_key(certificate: x509.Certificate) -> str:

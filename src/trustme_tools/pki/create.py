@@ -4,6 +4,7 @@
     ssig_rootca ─ ssig_subca (goes to db) ─ ssig_cml      software signing: core GuestOSes
     gen_rootca ┬ guestos_subca ─ guestos                  the customer's GuestOSes
                └ device_subca                             device certificates
+    lifecycle_rootca ─ lifecycle                          statements for devices in operation
     PK   KEK   DB                                         Secure Boot; DB signs the boot image
 
 `X.cert` is the chain from X upwards without the root (a root and a platform key stand alone), `X.key`
@@ -74,6 +75,8 @@ _ENTRIES: Final = (
     _Entry("guestos_subca", "GuestOS Signing Sub CA", Role.SUB_CA, "gen_rootca", SUB_CA_DAYS),
     _Entry("guestos", "GuestOS Signing Certificate", Role.CODE_SIGNING, "guestos_subca", LEAF_DAYS),
     _Entry("device_subca", "Device Sub CA", Role.SUB_CA, "gen_rootca", SUB_CA_DAYS),
+    _Entry("lifecycle_rootca", "Lifecycle Root CA", Role.ROOT_CA, None, ROOT_DAYS),
+    _Entry("lifecycle", "Lifecycle Signing Certificate", Role.LIFECYCLE, "lifecycle_rootca", LEAF_DAYS),
     _Entry("PK", "PK", Role.PLATFORM, None, ROOT_DAYS),
     _Entry("KEK", "KEK", Role.PLATFORM, None, ROOT_DAYS),
     _Entry("DB", "DB", Role.PLATFORM, None, ROOT_DAYS, in_db=True),

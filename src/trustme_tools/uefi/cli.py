@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trustme uefi`: vars, esl, auth, show."""
+"""`trustme uefi`: vars, esl, auth, add-db, add-dbx, esp, show."""
 
 from __future__ import annotations
 
@@ -66,22 +66,105 @@ def register(subparsers: Subparsers) -> None:
     )
     _add_out_directory(auth)
     _add_content(auth)
-    auth.add_argument(
-        "--timestamp",
-        type=moment,
-        metavar="TIME",
-        help="ISO 8601 time of the update (default: now); must be later than the variable's",
-    )
+    _add_timestamp(auth)
     add_passphrase(auth)
+
+    _add_additions(verbs)
+    _add_esp(verbs)
 
     show = add_verb(
         verbs,
         "show",
         _show,
         summary="show the keys in an OVMF store, an efivars directory, an .esl or an .auth file",
-        examples="  trustme uefi show vars.fd\n  trustme uefi show /sys/firmware/efi/efivars\n",
+        description="Show every entry with its type, subject, SHA-256 and owner; of a machine's efivars\n"
+        "also the attributes of the variables. Nothing is verified.",
+        examples="  trustme uefi show vars.fd\n"
+        "  trustme uefi show enrol/db.auth --json\n"
+        "  trustme uefi show /sys/firmware/efi/efivars\n",
     )
     show.add_argument("path", type=Path)
+
+
+def _add_additions(verbs: Subparsers) -> None:
+    db = _addition(
+        verbs,
+        "db",
+        "add a third party's anchor to a prepared db",
+        "A CA in db is a full anchor: what it signs starts as a boot image and as a core GuestOS. So\n"
+        "the file is only taken with the SHA-256 that its owner told you (of the file, or of the one\n"
+        "certificate in it), and only if the device would take it as an anchor.",
+        "  trustme uefi add-db ssig_subca.esl --sha256 6bd1…9c --to enrol --pki pki\n"
+        "  trustme uefi add-db partner-ca.pem --sha256 6B:D1:…:9C --to vars.fd --out partner.fd\n"
+        "  trustme uefi add-db bootloader.pem --sha256 6bd1…9c --to vars.fd --boot-only\n",
+    )
+    db.add_argument(
+        "--boot-only",
+        action="store_true",
+        help="take what is no CA: the firmware starts what it signed, and nothing else believes it",
+    )
+    dbx = _addition(
+        verbs,
+        "dbx",
+        "add revocations to a prepared dbx",
+        "A certificate in dbx revokes itself and all it issued, a digest whatever has it.",
+        "  trustme uefi add-dbx dbxupdate.esl --sha256 6bd1…9c --to enrol --pki pki\n"
+        "  trustme uefi add-dbx stolen.pem --sha256 6bd1…9c --to vars.fd\n",
+    )
+    dbx.set_defaults(boot_only=False)
+
+
+def _addition(
+    verbs: Subparsers, variable: str, summary: str, about: str, examples: str
+) -> argparse.ArgumentParser:
+    verb = add_verb(
+        verbs,
+        f"add-{variable}",
+        _add_to,
+        summary=summary,
+        description=f"{about}\nIn a directory of `trustme uefi auth`, {variable}.auth is signed again when\n"
+        "the list is complete.",
+        examples=examples,
+    )
+    verb.set_defaults(variable=variable)
+    verb.add_argument("file", type=Path, metavar="FILE", help=".esl, or a certificate in PEM or DER")
+    verb.add_argument("--sha256", required=True, metavar="HEX", help="what its owner told you it is")
+    verb.add_argument(
+        "--to", type=Path, required=True, metavar="TARGET", help="directory or variable store to add to"
+    )
+    verb.add_argument("--out", type=Path, metavar="FILE", help="store to write (default: TARGET itself)")
+    verb.add_argument("--force", action="store_true", help="replace an existing --out")
+    verb.add_argument("--pki", type=Path, metavar="DIR", help="where the KEK is, to sign an update again")
+    _add_timestamp(verb)
+    add_passphrase(verb)
+    return verb
+
+
+def _add_esp(verbs: Subparsers) -> None:
+    esp = add_verb(
+        verbs,
+        "esp",
+        _esp,
+        summary="make an enrolment stick of a directory of `trustme uefi auth`",
+        description="Write a disk image with a FAT partition that firmware menus, KeyTool and systemd-boot\n"
+        "enrol from. PK-remove.auth is left out: whoever has it can end Secure Boot.",
+        examples="  trustme uefi esp enrol --out stick.img --loader systemd-bootx64.efi\n"
+        "  trustme uefi esp enrol --out stick.img --loader KeyTool.efi\n"
+        "  trustme uefi esp enrol --out /media/stick/files --tree\n",
+    )
+    esp.add_argument("enrolment", type=Path, metavar="DIR", help="directory of `trustme uefi auth`")
+    esp.add_argument("--out", type=Path, required=True, metavar="FILE", help="disk image to write")
+    esp.add_argument("--tree", action="store_true", help="write a directory instead, to be copied to a stick")
+    esp.add_argument("--force", action="store_true", help="replace an existing --out")
+    esp.add_argument(
+        "--loader", type=Path, metavar="EFI", help="program to start: systemd-bootx64.efi or KeyTool.efi"
+    )
+    esp.add_argument(
+        "--enrol",
+        choices=("manual", "if-safe", "force"),
+        default="manual",
+        help="what systemd-boot does in setup mode (loader.conf, secure-boot-enroll; default: manual)",
+    )
 
 
 def _add_content(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +182,15 @@ def _add_content(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-default-db", action="store_true", help="leave DB and ssig_subca out of db; only --db counts"
+    )
+
+
+def _add_timestamp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timestamp",
+        type=moment,
+        metavar="TIME",
+        help="ISO 8601 time of the update (default: now); must be later than the variable's",
     )
 
 
@@ -145,7 +237,7 @@ def _auth(args: argparse.Namespace) -> Result:
     from trustme_tools.pki.directory import PkiDirectory
     from trustme_tools.uefi.auth import write_authenticated
 
-    timestamp = (args.timestamp or datetime.now(UTC)).replace(microsecond=0)
+    timestamp = _timestamp(args)
     lists = _lists(args)
     _warn(lists)
     names = write_authenticated(
@@ -160,15 +252,80 @@ def _auth(args: argparse.Namespace) -> Result:
     return Result(data, "\n".join(str(args.out / name) for name in names))
 
 
+def _timestamp(args: argparse.Namespace) -> datetime:
+    chosen: datetime = args.timestamp or datetime.now(UTC)
+    return chosen.replace(microsecond=0)
+
+
+def _add_to(args: argparse.Namespace) -> Result:
+    from trustme_tools.errors import UsageError
+    from trustme_tools.pki.directory import PkiDirectory
+    from trustme_tools.publish import refuse_existing
+    from trustme_tools.uefi.additions import describe, expected_digest, read_offer
+    from trustme_tools.uefi.enrolment import Signing, add
+    from trustme_tools.uefi.keys import not_enrollable
+
+    if args.out is not None:
+        if args.to.is_dir():
+            raise UsageError("--out is for stores; a directory is changed in its place", "copy it first")
+        refuse_existing(args.out, force=args.force)
+    offer = read_offer(args.file, expected_digest(args.sha256))
+    signing = Signing(
+        PkiDirectory(args.pki) if args.pki is not None else None,
+        datetime.now(UTC).replace(microsecond=0),
+        args.timestamp.replace(microsecond=0) if args.timestamp is not None else None,
+        read_passphrase(args),
+    )
+    addition = add(args.to, args.variable, offer, signing=signing, boot_only=args.boot_only, out=args.out)
+    if args.variable == "db":
+        added = {entry.get("subject") for entry in addition.entries}
+        _warn_of([subject for subject in not_enrollable(addition.data) if subject in added])
+    if offer.left_out:
+        progress(f"note: only the first certificate of {args.file} was taken, {offer.left_out} left out")
+    where = args.out or args.to
+    data = {
+        "target": where,
+        "variable": args.variable,
+        "added": addition.entries,
+        "already_there": addition.present,
+    }
+    lines = [f"added to {args.variable} of {where}:", *describe(addition.entries)]
+    if addition.present:
+        lines += ["there already:", *describe(addition.present)]
+    return Result(data, "\n".join(lines))
+
+
+def _esp(args: argparse.Namespace) -> Result:
+    from trustme_tools.uefi.esp import Enrol, write_esp
+
+    names = write_esp(
+        args.enrolment,
+        args.out,
+        loader=args.loader,
+        enrol=Enrol(args.enrol),
+        tree=args.tree,
+        force=args.force,
+    )
+    return Result(
+        {"out": args.out, "files": names}, "\n".join([str(args.out), *(f"  {name}" for name in names)])
+    )
+
+
 def _warn(lists: dict[str, bytes]) -> None:
     from trustme_tools.uefi.keys import not_enrollable
 
-    for subject in not_enrollable(lists["db"]):
+    _warn_of(not_enrollable(lists["db"]))
+
+
+def _warn_of(subjects: list[str]) -> None:
+    for subject in subjects:
         progress(f"note: firmware based on EDK2 refuses to enrol {subject}: its key is not RSA")
 
 
 def _show(args: argparse.Namespace) -> Result:
-    from trustme_tools.uefi.show import describe, text
+    from trustme_tools.uefi.show import attributes, describe, text
 
     facts = describe(args.path)
-    return Result({"path": args.path, "variables": facts}, text(facts))
+    found = attributes(args.path)
+    data = {"path": args.path, "variables": facts, "attributes": found}
+    return Result(data, text(facts, found))

@@ -134,8 +134,14 @@ def authenticode_digest(image: Path) -> bytes:
 
 def read_lists(path: Path) -> list[SignatureList]:
     """Read a file of signature lists; ToolError("bad-lists") if it does not hold any."""
+    return list(parse_signature_lists(read_lists_data(path)))
+
+
+def read_lists_data(path: Path) -> bytes:
+    """Return the bytes of a file of signature lists, which can be parsed; ToolError("bad-lists")."""
+    data = path.read_bytes()
     try:
-        return list(parse_signature_lists(path.read_bytes()))
+        parse_signature_lists(data)
     except Refusal as exc:
         raise ToolError(
             f"{path} does not hold EFI signature lists",
@@ -143,6 +149,7 @@ def read_lists(path: Path) -> list[SignatureList]:
             code="bad-lists",
             evidence=exc.evidence,
         ) from exc
+    return data
 
 
 def merge_digests(lists: Iterable[SignatureList]) -> list[SignatureList]:

@@ -45,6 +45,8 @@ class StoreVariable:
     guid: str
     attributes: int
     data: bytes
+    time: str | None = None
+    """EFI_TIME of the last signed update (hex), of authenticated variables."""
 
 
 def read_store(path: Path) -> list[StoreVariable]:
@@ -66,7 +68,9 @@ def read_store(path: Path) -> list[StoreVariable]:
             evidence=exc.evidence if isinstance(exc, ToolError) else str(exc),
         ) from exc
     return [
-        StoreVariable(entry["name"], entry["guid"], entry["attr"], bytes.fromhex(entry["data"]))
+        StoreVariable(
+            entry["name"], entry["guid"], entry["attr"], bytes.fromhex(entry["data"]), entry.get("time")
+        )
         for entry in variables
     ]
 
@@ -85,7 +89,22 @@ def write_store(
     ]
     variables.append(_entry(*_SECURE_BOOT_ENABLE, _ENABLE_ATTRIBUTES, bytes([secure_boot])))
     variables.append(_entry(*_CUSTOM_MODE, _ENABLE_ATTRIBUTES, b"\0"))
-    removed = [word for name in (*KEY_VARIABLES, *delete) for word in ("--delete", name)]
+    _run(template, out, variables, [*KEY_VARIABLES, *delete])
+
+
+def replace_database(store: Path, out: Path, name: str, data: bytes) -> None:
+    """Write a copy of `store` to `out` in which the key variable `name` has other data, and nothing else.
+
+    The variable keeps its time: an update that was signed for it later still applies, an older one does not.
+    """
+    time = next((each.time for each in read_store(store) if each.name == name), None)
+    entry = _entry(name, KEY_VARIABLES[name], DATABASE_ATTRIBUTES, data)
+    entry["time"] = time or _TIME
+    _run(store, out, [entry], [name])
+
+
+def _run(template: Path, out: Path, variables: Sequence[Mapping[str, Any]], delete: Sequence[str]) -> None:
+    removed = [word for name in delete for word in ("--delete", name)]
     with tempfile.TemporaryDirectory(prefix="trustme-vars-") as temporary:
         document = Path(temporary, "variables.json")
         document.write_text(json.dumps({"version": 2, "variables": variables}))
