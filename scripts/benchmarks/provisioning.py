@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.integration.tpm_interposer import Interposer, ReadyTpm, code_of
+from tests.integration.software_tpm import SoftwareTpm
+from tests.integration.tpm_interposer import Interposer, code_of
 from trustme_init import policy as policies
 from trustme_init.provisioning.marker import NvReading
 from trustme_init.provisioning.mode import FROM_TPM, Mode, ModeFact
@@ -92,7 +93,7 @@ def _walk(directory: Path, pki: PkiDirectory, *, chip: bool) -> dict[str, tuple[
     data.mkdir(parents=True)
     found: dict[str, tuple[int, float]] = {}
     with ExitStack() as stack:
-        bus = stack.enter_context(Interposer(stack.enter_context(ReadyTpm(directory)), directory))
+        bus = stack.enter_context(Interposer(stack.enter_context(SoftwareTpm(directory)), directory))
         if chip:
             bus.on_command = _with_a_chip_s_latency
         service = ProvisioningService(_surroundings(data, bus.tcti, pki))

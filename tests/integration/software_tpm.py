@@ -7,6 +7,7 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -47,10 +48,19 @@ class SoftwareTpm:
             preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call; the test process has no threads here
         )
         os.close(log)  # it gets a line each time somebody disconnects
-        while not self._socket.exists():
+        while not self._accepts():
             assert self._process.poll() is None, "swtpm did not start"
             select.select([], [], [], 0.01)
         return self
+
+    def _accepts(self) -> bool:
+        """Between bind(2) and listen(2) the socket is there and refuses connections."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self._socket))
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+        return True
 
     def __exit__(
         self,

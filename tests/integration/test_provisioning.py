@@ -25,9 +25,12 @@ from trustme_init.control.gate import GATE, Socket, allows
 from trustme_init.proto.control_pb2 import DEVICE_ANCHOR, GUEST_ANCHOR
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
+from trustme_init.provisioning import destruction
 from trustme_init.provisioning.mode import Mode
+from trustme_init.tpm import ownership
+from trustme_init.tpm.connection import open_tpm
+from trustme_init.tpm.marker_form import INDEX
 from trustme_init.tpm.measure import PCR
-from trustme_init.tpm.nv_marker import INDEX
 from trustme_tools.guestos.build import STORE_DIRECTORY
 from trustme_tools.guestos.signing import pki_signer, signed
 from trustme_tools.pki import tpm_certification
@@ -628,7 +631,11 @@ def test_a_destruction_that_the_power_cut_is_finished_at_the_next_boot(
     target = completed_device(device, factory)
     with target.boot() as boot:
         boot.wait_running()
-        boot.data("cml/destroyed").touch()
+        kept = target.directory / ownership.FILE_NAME  # by /proc it is behind a link, which is not followed
+        kept.write_bytes(boot.data(f"cml/tpm/{kept.name}").read_bytes())
+        with open_tpm(boot.tpm.tcti) as tpm:
+            lockout = ownership.authorisations(tpm, kept.parent).lockout
+        boot.data("cml/destroyed").write_bytes(destruction.tombstone_text(lockout))
         subprocess.run(["sync"], check=True)
     with target.boot() as boot:
         assert boot.refusal() == "device-destroyed"

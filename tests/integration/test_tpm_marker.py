@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,13 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
-from tests.integration.tpm_interposer import Interposer, ReadyTpm, code_of
+from tests.integration.software_tpm import SoftwareTpm
+from tests.integration.tpm_interposer import Interposer, code_of
 from tests.integration.tpm_power import Bench
 from trustme_init.errors import DeviceRefusal
 from trustme_init.tpm.connection import authorised, open_tpm, salted_session
-from trustme_init.tpm.nv_marker import (
-    INDEX,
-    SIZE,
-    MarkerContent,
-    MarkerReading,
-    MarkerState,
-    complete_marker,
-    define_marker,
-    ensure_locked,
-    read_marker,
-)
+from trustme_init.tpm.marker_form import INDEX, SIZE, MarkerContent, MarkerReading, MarkerState
+from trustme_init.tpm.nv_marker import complete_marker, define_marker, ensure_locked, read_marker
 from trustme_init.tpm.ownership import authorisations, clear, take_ownership
 from trustme_init.tpm.storage_key import ensure_storage_key
 
@@ -49,8 +41,8 @@ OURS = TPMA_NV.OWNERWRITE | TPMA_NV.OWNERREAD | TPMA_NV.AUTHREAD | TPMA_NV.NO_DA
 
 
 @pytest.fixture
-def tpm(tmp_path: Path) -> Iterator[ReadyTpm]:
-    with ReadyTpm(tmp_path) as running:
+def tpm(tmp_path: Path) -> Iterator[SoftwareTpm]:
+    with SoftwareTpm(tmp_path) as running:
         yield running
 
 
@@ -88,13 +80,13 @@ def write(esapi: Any, owner: bytes, data: bytes) -> None:
 
 
 def test_the_whole_way(tmp_path: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         owner = take_ownership(esapi, tmp_path).owner
         assert read_marker(esapi) == ABSENT
         assert define_marker(esapi, owner) == OPEN
         assert define_marker(esapi, owner) == OPEN
         assert ensure_locked(esapi, owner) == OPEN
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         assert read_marker(esapi) == OPEN
         assert complete_marker(esapi, owner, CONTENT) == LOCKED
         assert complete_marker(esapi, owner, CONTENT) == LOCKED
@@ -103,19 +95,19 @@ def test_the_whole_way(tmp_path: Path) -> None:
 
 
 def test_row31_the_lock_outlasts_resets_and_binds_the_owner_too(tmp_path: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         owner = take_ownership(esapi, tmp_path).owner
         define_marker(esapi, owner)
         complete_marker(esapi, owner, CONTENT)
     for _ in range(3):
-        with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+        with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
             assert read_marker(esapi) == LOCKED
             with pytest.raises(TSS2_Exception, match="locked"):
                 write(esapi, owner, OTHER.encode())
             assert read_marker(esapi) == LOCKED
 
 
-def test_row31_without_the_owner_nothing_moves(tpm: ReadyTpm, tmp_path: Path) -> None:
+def test_row31_without_the_owner_nothing_moves(tpm: SoftwareTpm, tmp_path: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         owner = take_ownership(esapi, tmp_path).owner
         for wrong in (b"", b"wrong", owner[::-1]):
@@ -131,18 +123,18 @@ def test_row31_without_the_owner_nothing_moves(tpm: ReadyTpm, tmp_path: Path) ->
         assert read_marker(esapi) == LOCKED
 
 
-def test_a_marker_is_not_completed_before_it_is_defined(tpm: ReadyTpm, tmp_path: Path) -> None:
+def test_a_marker_is_not_completed_before_it_is_defined(tpm: SoftwareTpm, tmp_path: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         owner = take_ownership(esapi, tmp_path).owner
         refused("marker-undefined", lambda: complete_marker(esapi, owner, CONTENT))
 
 
 def test_the_write_alone_completes_and_the_lock_follows(tmp_path: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         owner = take_ownership(esapi, tmp_path).owner
         define_marker(esapi, owner)
         write(esapi, owner, CONTENT.encode())
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         assert read_marker(esapi) == WRITTEN
         refused("marker-already-completed", lambda: complete_marker(esapi, owner, OTHER))
         refused("tpm-auth-refused", lambda: ensure_locked(esapi, b"wrong"))
@@ -172,7 +164,7 @@ def test_row33_a_cut_at_any_instant_leaves_open_or_completed(tmp_path: Path) -> 
     assert WRITTEN in seen
 
 
-def test_row31_a_cleared_tpm_has_no_marker_and_no_authorisation(tpm: ReadyTpm, tmp_path: Path) -> None:
+def test_row31_a_cleared_tpm_has_no_marker_and_no_authorisation(tpm: SoftwareTpm, tmp_path: Path) -> None:
     """Clearing needs the lockout authorisation or the firmware; what is left on the disk no longer fits."""
     with open_tpm(tpm.tcti) as esapi:
         ours = take_ownership(esapi, tmp_path)
@@ -218,7 +210,7 @@ def test_row31_a_cleared_tpm_has_no_marker_and_no_authorisation(tpm: ReadyTpm, t
     ids=str,
 )
 def test_row31_an_index_of_another_form_is_foreign(
-    tpm: ReadyTpm, tmp_path: Path, changes: dict[str, Any]
+    tpm: SoftwareTpm, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     with open_tpm(tpm.tcti) as esapi:
         define(esapi, **changes)
@@ -230,7 +222,7 @@ def test_row31_an_index_of_another_form_is_foreign(
         refused("marker-foreign", lambda: ensure_locked(esapi, owner))
 
 
-def test_row31_an_index_of_the_platform_is_foreign(tpm: ReadyTpm) -> None:
+def test_row31_an_index_of_the_platform_is_foreign(tpm: SoftwareTpm) -> None:
     with open_tpm(tpm.tcti) as esapi:
         public = TPMS_NV_PUBLIC(
             nvIndex=INDEX,
@@ -243,7 +235,7 @@ def test_row31_an_index_of_the_platform_is_foreign(tpm: ReadyTpm) -> None:
 
 
 @pytest.mark.parametrize("data", [bytes(SIZE), b"\2" + CONTENT.encode()[1:], b"\xff" * SIZE])
-def test_row31_content_that_is_no_marker_is_foreign(tpm: ReadyTpm, data: bytes) -> None:
+def test_row31_content_that_is_no_marker_is_foreign(tpm: SoftwareTpm, data: bytes) -> None:
     with open_tpm(tpm.tcti) as esapi:
         ensure_storage_key(esapi)
         define(esapi)
@@ -251,7 +243,7 @@ def test_row31_content_that_is_no_marker_is_foreign(tpm: ReadyTpm, data: bytes) 
         refused("marker-foreign", lambda: read_marker(esapi))
 
 
-def test_row31_a_part_of_a_marker_is_none(tpm: ReadyTpm) -> None:
+def test_row31_a_part_of_a_marker_is_none(tpm: SoftwareTpm) -> None:
     with open_tpm(tpm.tcti) as esapi:
         ensure_storage_key(esapi)
         define(esapi)
@@ -263,7 +255,7 @@ def test_row31_a_part_of_a_marker_is_none(tpm: ReadyTpm) -> None:
 
 
 def test_row31_a_valid_form_by_somebody_else_is_completed_and_never_ours(
-    tpm: ReadyTpm, tmp_path: Path
+    tpm: SoftwareTpm, tmp_path: Path
 ) -> None:
     """Whose record it names is for the caller to compare: it can stop a device, not open one."""
     with open_tpm(tpm.tcti) as esapi:
@@ -276,20 +268,39 @@ def test_row31_a_valid_form_by_somebody_else_is_completed_and_never_ours(
 
 
 def test_an_index_locked_before_it_is_written_opens_with_a_reset(tmp_path: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         index = define(esapi)
         esapi.nv_write_lock(index, auth_handle=ESYS_TR.OWNER)
         owner = take_ownership(esapi, tmp_path).owner
         assert read_marker(esapi) == OPEN._replace(locked=True)
         refused("tpm-failed", lambda: complete_marker(esapi, owner, CONTENT))
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         assert complete_marker(esapi, owner, CONTENT) == LOCKED
 
 
 # The bus.
 
 
-def test_reading_takes_at_most_three_commands(tpm: ReadyTpm, tmp_path: Path) -> None:
+def test_a_lock_that_does_not_hold_is_named(tpm: SoftwareTpm, tmp_path: Path) -> None:
+    """A TPM that says it has locked, and whose index says it has not."""
+
+    def unlocked(reply: bytes) -> bytes:
+        if code_of(bus.commands[-1]) != TPM2_CC.NV_ReadPublic or TPM2_CC.NV_WriteLock not in bus.codes:
+            return reply
+        public = bytearray(reply[10 : 12 + int.from_bytes(reply[10:12], "big")])
+        public[8:12] = (int.from_bytes(public[8:12], "big") & ~int(TPMA_NV.WRITELOCKED)).to_bytes(4, "big")
+        name = int(TPM2_ALG.SHA256).to_bytes(2, "big") + hashlib.sha256(public[2:]).digest()
+        return reply[:10] + bytes(public) + len(name).to_bytes(2, "big") + name
+
+    with open_tpm(tpm.tcti) as esapi:
+        owner = take_ownership(esapi, tmp_path).owner
+        define_marker(esapi, owner)
+    with Interposer(tpm, tmp_path) as bus, open_tpm(bus.tcti) as esapi:
+        bus.on_reply = unlocked
+        refused("marker-not-locked", lambda: complete_marker(esapi, owner, CONTENT))
+
+
+def test_reading_takes_at_most_three_commands(tpm: SoftwareTpm, tmp_path: Path) -> None:
     with Interposer(tpm, tmp_path) as bus, open_tpm(bus.tcti) as esapi:
         read_marker(esapi)
         assert len(bus.commands) == 1
@@ -302,7 +313,7 @@ def test_reading_takes_at_most_three_commands(tpm: ReadyTpm, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("code", [0x101, 0x922, 0x18A, 0x084, 0x28B, 0x921, 0x30018B])
-def test_only_no_such_handle_means_absent(tpm: ReadyTpm, tmp_path: Path, code: int) -> None:
+def test_only_no_such_handle_means_absent(tpm: SoftwareTpm, tmp_path: Path, code: int) -> None:
     """Any other failure must not let provisioning begin again."""
     with Interposer(tpm, tmp_path) as bus, open_tpm(bus.tcti) as esapi:
         bus.on_reply = lambda _: b"\x80\x01" + (10).to_bytes(4, "big") + code.to_bytes(4, "big")
@@ -310,7 +321,9 @@ def test_only_no_such_handle_means_absent(tpm: ReadyTpm, tmp_path: Path, code: i
             read_marker(esapi)
 
 
-def test_row18_a_lost_or_forged_answer_to_the_write_is_no_completion(tpm: ReadyTpm, tmp_path: Path) -> None:
+def test_row18_a_lost_or_forged_answer_to_the_write_is_no_completion(
+    tpm: SoftwareTpm, tmp_path: Path
+) -> None:
     with open_tpm(tpm.tcti) as esapi:
         owner = take_ownership(esapi, tmp_path).owner
         define_marker(esapi, owner)
@@ -331,16 +344,3 @@ def test_row18_a_lost_or_forged_answer_to_the_write_is_no_completion(tpm: ReadyT
         refused("tpm-failed", complete)  # locked, likewise
         bus.on_reply = lambda reply: reply
         assert complete() == LOCKED
-
-
-def test_row07_two_devices_have_nothing_of_the_marker_in_common(tmp_path: Path) -> None:
-    contents = [MarkerContent(UUID(bytes=os.urandom(16)), os.urandom(32)) for _ in range(2)]
-    for number, content in enumerate(contents):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        with ReadyTpm(directory) as tpm, open_tpm(tpm.tcti) as esapi:
-            owner = take_ownership(esapi, directory).owner
-            define_marker(esapi, owner)
-            complete_marker(esapi, owner, content)
-            assert read_marker(esapi).content == content
-            assert read_marker(esapi).content != contents[1 - number]

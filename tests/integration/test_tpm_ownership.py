@@ -31,12 +31,14 @@ from tpm2_pytss import (
 )
 from tpm2_pytss._libtpm2_pytss import lib
 
-from tests.integration.tpm_interposer import Interposer, ReadyTpm
+from tests.integration.software_tpm import SoftwareTpm
+from tests.integration.tpm_interposer import Interposer
 from tests.integration.tpm_power import Bench
 from trustme_init.errors import DeviceRefusal, StorageRefusal
 from trustme_init.tpm import ownership
 from trustme_init.tpm.connection import authorised, hmac_session, open_tpm
-from trustme_init.tpm.nv_marker import MarkerState, define_marker
+from trustme_init.tpm.marker_form import INDEX, MarkerState
+from trustme_init.tpm.nv_marker import define_marker
 from trustme_init.tpm.ownership import (
     FILE_NAME,
     LOCKOUT_RECOVERY,
@@ -57,8 +59,8 @@ CANARY = Authorisations(
 
 
 @pytest.fixture
-def tpm(tmp_path: Path) -> Iterator[ReadyTpm]:
-    with ReadyTpm(tmp_path) as running:
+def tpm(tmp_path: Path) -> Iterator[SoftwareTpm]:
+    with SoftwareTpm(tmp_path) as running:
         yield running
 
 
@@ -93,16 +95,16 @@ def works(esapi: Any, ours: Authorisations) -> None:
 
 
 def test_ownership_survives_a_reset(tmp_path: Path, data: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         ours = take_ownership(esapi, data)
         assert take_ownership(esapi, data) == ours
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         assert authorisations(esapi, data) == ours
         assert take_ownership(esapi, data) == ours
         works(esapi, ours)
 
 
-def test_both_authorisations_are_needed_afterwards(tpm: ReadyTpm, data: Path) -> None:
+def test_both_authorisations_are_needed_afterwards(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         ours = take_ownership(esapi, data)
         refused("tpm-auth-refused", lambda: define_marker(esapi, b""))
@@ -110,7 +112,7 @@ def test_both_authorisations_are_needed_afterwards(tpm: ReadyTpm, data: Path) ->
         refused("tpm-auth-refused", lambda: clear(esapi, ours.owner))
 
 
-def test_dictionary_attack_parameters_are_set(tpm: ReadyTpm, data: Path) -> None:
+def test_dictionary_attack_parameters_are_set(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
         _, answer = esapi.get_capability(6, TPM2_PT.MAX_AUTH_FAIL, 3)
@@ -119,7 +121,7 @@ def test_dictionary_attack_parameters_are_set(tpm: ReadyTpm, data: Path) -> None
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])
-def test_row30_the_file_is_private_whatever_the_umask(tpm: ReadyTpm, data: Path, umask: int) -> None:
+def test_row30_the_file_is_private_whatever_the_umask(tpm: SoftwareTpm, data: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         with open_tpm(tpm.tcti) as esapi:
@@ -133,11 +135,30 @@ def test_row07_two_devices_share_no_authorisation(tmp_path: Path) -> None:
     drawn: set[bytes] = set()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        with ReadyTpm(tmp_path / name) as tpm, open_tpm(tpm.tcti) as esapi:
+        with SoftwareTpm(tmp_path / name) as tpm, open_tpm(tpm.tcti) as esapi:
             ours = take_ownership(esapi, tmp_path / name)
         drawn |= {ours.owner, ours.lockout}
     assert len(drawn) == 4
     assert {len(value) for value in drawn} == {32}
+
+
+def test_what_does_not_come_back_is_not_set(
+    tpm: SoftwareTpm, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "seal", lambda esapi, srk, secret: seal(esapi, srk, secret[::-1]))
+    with open_tpm(tpm.tcti) as esapi:
+        refused("tpm-authorisation-lost", lambda: take_ownership(esapi, data))
+        assert not permanent(esapi).owner_auth_set
+
+
+def test_row29_the_library_forgets_the_values(tpm: SoftwareTpm, data: Path) -> None:
+    with open_tpm(tpm.tcti) as esapi:
+        ours = take_ownership(esapi, data)
+        define_marker(esapi, ours.owner)
+        with pytest.raises(TSS2_Exception, match="authorization"):
+            esapi.nv_undefine_space(esapi.tr_from_tpmpublic(INDEX))
+        with pytest.raises(TSS2_Exception, match="authorization"):
+            esapi.dictionary_attack_lock_reset()
 
 
 # Power cuts.
@@ -187,7 +208,7 @@ def test_the_bench_finds_a_file_that_is_written_too_late(
 
 @pytest.mark.parametrize("operation", ["open", "write", "fsync", "rename"])
 def test_a_full_disk_leaves_the_tpm_alone(
-    tpm: ReadyTpm, data: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+    tpm: SoftwareTpm, data: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -210,7 +231,7 @@ def test_a_full_disk_leaves_the_tpm_alone(
 
 
 @pytest.mark.parametrize("hierarchy", ["OWNER", "LOCKOUT", "ENDORSEMENT"])
-def test_a_tpm_that_somebody_owns_is_refused(tpm: ReadyTpm, data: Path, hierarchy: str) -> None:
+def test_a_tpm_that_somebody_owns_is_refused(tpm: SoftwareTpm, data: Path, hierarchy: str) -> None:
     with open_tpm(tpm.tcti) as esapi:
         ensure_storage_key(esapi)
         set_auth(esapi, getattr(ESYS_TR, hierarchy), b"somebody's")
@@ -220,7 +241,7 @@ def test_a_tpm_that_somebody_owns_is_refused(tpm: ReadyTpm, data: Path, hierarch
 
 @pytest.mark.parametrize("hierarchy", ["OWNER", "LOCKOUT"])
 def test_an_authorisation_set_beside_our_file_is_not_ours(
-    tpm: ReadyTpm, data: Path, monkeypatch: pytest.MonkeyPatch, hierarchy: str
+    tpm: SoftwareTpm, data: Path, monkeypatch: pytest.MonkeyPatch, hierarchy: str
 ) -> None:
     """A power cut left our file; before the next call somebody set an authorisation."""
     with open_tpm(tpm.tcti) as esapi:
@@ -233,7 +254,7 @@ def test_an_authorisation_set_beside_our_file_is_not_ours(
         refused("tpm-owned-by-another", lambda: take_ownership(esapi, data))
 
 
-def test_row31_a_file_found_beside_a_tpm_without_owner_is_not_believed(tpm: ReadyTpm, data: Path) -> None:
+def test_row31_a_file_found_beside_a_tpm_without_owner_is_not_believed(tpm: SoftwareTpm, data: Path) -> None:
     """Otherwise who prepares a disk would know the owner's authorisation, and could remove the marker."""
     with open_tpm(tpm.tcti) as esapi:
         srk = ensure_storage_key(esapi)
@@ -250,7 +271,9 @@ def test_row31_a_file_found_beside_a_tpm_without_owner_is_not_believed(tpm: Read
         works(esapi, ours)
 
 
-def test_a_lie_about_the_owner_does_not_replace_the_file(tpm: ReadyTpm, data: Path, tmp_path: Path) -> None:
+def test_a_lie_about_the_owner_does_not_replace_the_file(
+    tpm: SoftwareTpm, data: Path, tmp_path: Path
+) -> None:
     """TPM2_GetCapability is not protected; what follows from it must be."""
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
@@ -263,8 +286,17 @@ def test_a_lie_about_the_owner_does_not_replace_the_file(tpm: ReadyTpm, data: Pa
     assert (data / FILE_NAME).read_bytes() == before
 
 
+def test_an_answer_to_another_question_is_refused(tpm: SoftwareTpm, data: Path, tmp_path: Path) -> None:
+    with Interposer(tpm, tmp_path) as bus, open_tpm(bus.tcti) as esapi:
+        permanent(esapi)
+        truth = bus.replies[-1]
+        other = truth[:-5] + b"\x01" + truth[-4:]
+        bus.on_reply = lambda reply: other if reply == truth else reply
+        refused("tpm-failed", lambda: take_ownership(esapi, data))
+
+
 @pytest.mark.parametrize("hierarchy", ["OWNER", "LOCKOUT"])
-def test_row31_a_policy_left_by_somebody_is_taken_away(tpm: ReadyTpm, data: Path, hierarchy: str) -> None:
+def test_row31_a_policy_left_by_somebody_is_taken_away(tpm: SoftwareTpm, data: Path, hierarchy: str) -> None:
     """A hierarchy's policy is a second key, which a new authorisation value does not change."""
     handle = getattr(ESYS_TR, hierarchy)
 
@@ -323,6 +355,8 @@ def other_blob(document: dict[str, Any]) -> None:
         lambda document: document.update(kind="other"),
         lambda document: document.update(version=2),
         lambda document: document.update(bank="sha1"),
+        lambda document: document.update(bank="nonsense"),
+        lambda document: document.update(filler=" " * 20_000),
         lambda document: document.update(storage_key="00"),
         lambda document: document.update(storage_key=5),
         lambda document: document.update(public="AAAA"),
@@ -333,7 +367,7 @@ def other_blob(document: dict[str, Any]) -> None:
     ],
 )
 def test_a_damaged_file_is_named(
-    tpm: ReadyTpm, data: Path, change: Callable[[dict[str, Any]], object]
+    tpm: SoftwareTpm, data: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
@@ -343,14 +377,14 @@ def test_a_damaged_file_is_named(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b"[" * 10_000, b" " * 20_000])
-def test_a_file_that_is_none_is_named(tpm: ReadyTpm, data: Path, content: bytes) -> None:
+def test_a_file_that_is_none_is_named(tpm: SoftwareTpm, data: Path, content: bytes) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
         (data / FILE_NAME).write_bytes(content)
         refused("tpm-authorisation-lost", lambda: authorisations(esapi, data))
 
 
-def test_a_missing_file_is_named(tpm: ReadyTpm, data: Path) -> None:
+def test_a_missing_file_is_named(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
         (data / FILE_NAME).unlink()
@@ -358,7 +392,7 @@ def test_a_missing_file_is_named(tpm: ReadyTpm, data: Path) -> None:
         refused("tpm-owned-by-another", lambda: take_ownership(esapi, data))
 
 
-def test_row05_another_secure_boot_state_unseals_nothing(tpm: ReadyTpm, data: Path) -> None:
+def test_row05_another_secure_boot_state_unseals_nothing(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
         esapi.pcr_event(ESYS_TR.PCR7, b"another db")
@@ -367,11 +401,11 @@ def test_row05_another_secure_boot_state_unseals_nothing(tpm: ReadyTpm, data: Pa
         refused("tpm-authorisation-lost", lambda: take_ownership(esapi, data))
 
 
-def test_another_tpm_unseals_nothing(tpm: ReadyTpm, data: Path, tmp_path: Path) -> None:
+def test_another_tpm_unseals_nothing(tpm: SoftwareTpm, data: Path, tmp_path: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
     (tmp_path / "other").mkdir()
-    with ReadyTpm(tmp_path / "other") as second, open_tpm(second.tcti) as esapi:
+    with SoftwareTpm(tmp_path / "other") as second, open_tpm(second.tcti) as esapi:
         refused("tpm-authorisation-lost", lambda: authorisations(esapi, data))
         ensure_storage_key(esapi)
         refused("tpm-authorisation-lost", lambda: authorisations(esapi, data))
@@ -381,7 +415,22 @@ def test_another_tpm_unseals_nothing(tpm: ReadyTpm, data: Path, tmp_path: Path) 
         assert "integrity check failed" in lost.evidence
 
 
-def test_the_sealed_object_has_no_other_way_out(tpm: ReadyTpm, data: Path) -> None:
+@pytest.mark.parametrize("size", [1, 32, 63, 65])
+def test_a_sealed_secret_of_another_size_is_not_ours(tpm: SoftwareTpm, data: Path, size: int) -> None:
+    with open_tpm(tpm.tcti) as esapi:
+        take_ownership(esapi, data)
+        planted = seal(esapi, ensure_storage_key(esapi), bytes(size))
+        damage(
+            data,
+            lambda document: document.update(
+                public=base64.b64encode(planted.public).decode(),
+                private=base64.b64encode(planted.private).decode(),
+            ),
+        )
+        refused("tpm-authorisation-lost", lambda: authorisations(esapi, data))
+
+
+def test_the_sealed_object_has_no_other_way_out(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         take_ownership(esapi, data)
         sealed, _ = ownership._load(data / FILE_NAME)
@@ -394,10 +443,10 @@ def test_the_sealed_object_has_no_other_way_out(tpm: ReadyTpm, data: Path) -> No
 
 
 def test_row05_a_tpm_without_sha2_banks_is_refused(tmp_path: Path, data: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm:
+    with SoftwareTpm(tmp_path) as tpm:
         banks = "sha1:all+sha256:none+sha384:none+sha512:none"
         subprocess.run(["tpm2_pcrallocate", "-T", tpm.tcti, banks], check=True, capture_output=True)
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         refused("tpm-no-bank", lambda: take_ownership(esapi, data))
         assert not permanent(esapi).owner_auth_set
 
@@ -415,25 +464,25 @@ def use_wrong_lockout_auth(esapi: Any) -> None:
 
 
 def test_a_tpm_in_lockout_is_named_and_finished_later(tmp_path: Path, data: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         esapi.dictionary_attack_parameters(5, 1, 0)
         use_wrong_lockout_auth(esapi)
         refused("tpm-lockout", lambda: take_ownership(esapi, data))
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         finish(esapi, data)
 
 
 def test_after_a_wrong_lockout_authorisation_a_restart_helps(tmp_path: Path, data: Path) -> None:
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         ours = take_ownership(esapi, data)
         refused("tpm-auth-refused", lambda: clear(esapi, b"wrong"))
         refused("tpm-lockout", lambda: clear(esapi, ours.lockout))
         assert authorisations(esapi, data) == ours
-    with ReadyTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
+    with SoftwareTpm(tmp_path) as tpm, open_tpm(tpm.tcti) as esapi:
         clear(esapi, ours.lockout)
 
 
-def test_a_cleared_tpm_can_be_owned_anew(tpm: ReadyTpm, data: Path) -> None:
+def test_a_cleared_tpm_can_be_owned_anew(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         before = take_ownership(esapi, data)
         clear(esapi, before.lockout)
@@ -444,7 +493,7 @@ def test_a_cleared_tpm_can_be_owned_anew(tpm: ReadyTpm, data: Path) -> None:
         works(esapi, after)
 
 
-def test_a_disabled_clear_is_named(tpm: ReadyTpm, data: Path) -> None:
+def test_a_disabled_clear_is_named(tpm: SoftwareTpm, data: Path) -> None:
     with open_tpm(tpm.tcti) as esapi:
         ours = take_ownership(esapi, data)
         with authorised(esapi, ESYS_TR.LOCKOUT, ours.lockout), hmac_session(esapi) as session:
@@ -455,7 +504,9 @@ def test_a_disabled_clear_is_named(tpm: ReadyTpm, data: Path) -> None:
 # Secrets.
 
 
-def test_row29_no_refusal_tells_a_value(tpm: ReadyTpm, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row29_no_refusal_tells_a_value(
+    tpm: SoftwareTpm, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every refusal on the way, with its whole chain of causes, while the values are canaries."""
     values = itertools.cycle((CANARY.owner, CANARY.lockout))
     monkeypatch.setattr(os, "urandom", lambda _size: next(values))
@@ -480,7 +531,7 @@ def test_row29_no_refusal_tells_a_value(tpm: ReadyTpm, data: Path, monkeypatch: 
 
 
 def test_row18_nothing_secret_crosses_the_bus(
-    tpm: ReadyTpm, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tpm: SoftwareTpm, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = itertools.cycle((CANARY.owner, CANARY.lockout))
     monkeypatch.setattr(os, "urandom", lambda _size: next(values))
@@ -499,7 +550,7 @@ def test_row18_nothing_secret_crosses_the_bus(
 
 
 def test_row18_a_changed_reply_is_refused_and_nothing_is_sent_again(
-    tpm: ReadyTpm, data: Path, tmp_path: Path
+    tpm: SoftwareTpm, data: Path, tmp_path: Path
 ) -> None:
     with open_tpm(tpm.tcti) as esapi:
         ours = take_ownership(esapi, data)

@@ -19,9 +19,6 @@ SET: Final = 0x31
 EXPLICIT_0: Final = 0xA0
 IMPLICIT_0: Final = 0x80
 
-_LENGTH_BYTES: Final = 3
-"""16 MiB: far above any file that is read here."""
-
 
 class DerError(ValueError):
     """The bytes are not DER, or not the element that the grammar wants here. Its text holds no content."""
@@ -84,9 +81,9 @@ class Reader:
         head = self._bytes(1)[0]
         if head < 0x80:
             return head
+        if head == 0x80:
+            raise DerError("a length is indefinite: BER, not DER")
         count = head & 0x7F
-        if not 1 <= count <= _LENGTH_BYTES:
-            raise DerError("a length is indefinite (BER) or absurd")
         length = int.from_bytes(self._bytes(count), "big")
         if length < 0x80 or length >> 8 * (count - 1) == 0:
             raise DerError("a length is not in its shortest form")

@@ -43,7 +43,6 @@ DEVELOPMENT_PIN: Final = "trustme"
 _VERSION: Final = 1
 _RECORD_LIMIT: Final = 1024
 _MODE: Final = 0o600
-_FLAGS: Final = (True, False)
 _DIRECTORY_MODE: Final = 0o700
 
 
@@ -238,7 +237,8 @@ class TokenStore:
                 os.close(fd)
             if document["version"] != _VERSION:
                 return {}
-            return {str(digest): flag for digest, flag in document["default_pin"].items() if flag in _FLAGS}
+            flags = document["default_pin"].items()
+            return {digest: flag for digest, flag in flags if isinstance(flag, bool)}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 

@@ -113,6 +113,7 @@ def tpm_failures(action: str) -> Iterator[None]:
     """Turn what the TPM library raises into `tpm_refusal`; a context manager and a decorator.
 
     Beside TSS2_Exception the library's wrappers raise whatever a nonsensical reply makes them stumble over.
+    So errors of our own callers (ValueError) are raised outside of it.
     """
     try:
         yield
@@ -125,7 +126,7 @@ def open_tpm(tcti: str) -> Iterator[ESAPI]:
     """Connect to the TPM at `tcti`, for example "device:/dev/tpmrm0", and disconnect at the end.
 
     Raises DeviceRefusal "tpm-failed" where there is no TPM; in the body, every error of the TPM that is not
-    yet a refusal becomes one (`tpm_refusal`).
+    yet a refusal becomes one (`tpm_refusal`). After an error of the transport the connection is of no use.
     """
     # The library logs to standard error, and at the level "trace", which this variable can ask for, that
     # includes every buffer. All that it has to say otherwise is in the response codes.

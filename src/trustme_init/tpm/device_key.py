@@ -73,7 +73,6 @@ class KeyBlobs(NamedTuple):
     private: bytes
 
 
-@tpm_failures("make the device key")
 def create_device_key(esapi: ESAPI, kind: str) -> KeyBlobs:
     """Make a device key of a kind in `KINDS`.
 
@@ -81,7 +80,8 @@ def create_device_key(esapi: ESAPI, kind: str) -> KeyBlobs:
     """
     if kind not in KINDS:
         raise ValueError(f"not a kind of device key: {kind}")
-    return create_key(esapi, _ecc_template(SIGNING) if kind == "ecc-p256" else _rsa_template(SIGNING))
+    with tpm_failures("make the device key"):
+        return create_key(esapi, _ecc_template(SIGNING) if kind == "ecc-p256" else _rsa_template(SIGNING))
 
 
 def create_key(esapi: ESAPI, template: TPM2B_PUBLIC) -> KeyBlobs:
@@ -144,7 +144,6 @@ def spki(blobs: KeyBlobs) -> bytes:
         raise _damaged("public") from exc
 
 
-@tpm_failures("sign a certificate request")
 def make_csr(
     esapi: ESAPI,
     blobs: KeyBlobs,
@@ -162,14 +161,13 @@ def make_csr(
     builder = _described(
         x509.CertificateSigningRequestBuilder(subject_name=_name(common_name, organization)), device_uuid
     )
-    with loaded(esapi, blobs) as handle:
-        request = builder.sign(_signer(esapi, handle), hashes.SHA256())
-    if not request.is_signature_valid:
-        raise _bad_signature("certificate request")
-    return request.public_bytes(Encoding.PEM)
+    with tpm_failures("sign a certificate request"), _signer(esapi, blobs) as key:
+        request = builder.sign(key, hashes.SHA256())
+        if not request.is_signature_valid:
+            raise _bad_signature("certificate request")
+        return request.public_bytes(Encoding.PEM)
 
 
-@tpm_failures("sign a certificate")
 def self_signed_certificate(
     esapi: ESAPI,
     blobs: KeyBlobs,
@@ -184,24 +182,23 @@ def self_signed_certificate(
     Valid for `days` from `not_before` (with a time zone); random serial number. Refusals as `make_csr`.
     """
     name = _name(common_name, None)
-    with loaded(esapi, blobs) as handle:
-        key = _signer(esapi, handle)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(not_before)
-            .not_valid_after(not_before + timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        )
-        certificate = _described(builder, device_uuid).sign(key, hashes.SHA256())
-    try:
-        certificate.verify_directly_issued_by(certificate)
-    except InvalidSignature as exc:
-        raise _bad_signature("certificate") from exc
-    return certificate.public_bytes(Encoding.PEM)
+    builder = _described(
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before)
+        .not_valid_after(not_before + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True),
+        device_uuid,
+    )
+    with tpm_failures("sign a certificate"), _signer(esapi, blobs) as key:
+        certificate = builder.public_key(key.public_key()).sign(key, hashes.SHA256())
+        try:
+            certificate.verify_directly_issued_by(certificate)
+        except InvalidSignature as exc:
+            raise _bad_signature("certificate") from exc
+        return certificate.public_bytes(Encoding.PEM)
 
 
 def _described(builder: _Builder, device_uuid: UUID) -> _Builder:
@@ -244,11 +241,13 @@ def _name(common_name: str, organization: str | None) -> x509.Name:
     return x509.Name([x509.NameAttribute(oid, text) for oid, text in parts])
 
 
-def _signer(esapi: ESAPI, handle: ESYS_TR) -> CertificateIssuerPrivateKeyTypes:
-    public, _, _ = esapi.read_public(handle)
-    kind: Any = tpm_ecc_private_key if public.publicArea.type == TPM2_ALG.ECC else tpm_rsa_private_key
-    signer: CertificateIssuerPrivateKeyTypes = kind(esapi, handle)
-    return signer
+@contextlib.contextmanager
+def _signer(esapi: ESAPI, blobs: KeyBlobs) -> Iterator[CertificateIssuerPrivateKeyTypes]:
+    """Lend the device key as `cryptography` takes it."""
+    with loaded(esapi, blobs) as handle:
+        is_ecc = parse_public(blobs.public).publicArea.type == TPM2_ALG.ECC
+        kind: Any = tpm_ecc_private_key if is_ecc else tpm_rsa_private_key
+        yield kind(esapi, handle)
 
 
 def _ecc_template(attributes: TPMA_OBJECT) -> TPM2B_PUBLIC:

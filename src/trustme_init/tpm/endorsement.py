@@ -67,7 +67,6 @@ _ENDORSEMENT: Final = int(
 )
 _CHUNK: Final = 512
 """Every PC Client TPM reads at least this much at once (TPM_PT_NV_BUFFER_MAX)."""
-_INDEX_LIMIT: Final = 8 * 1024
 
 
 class _Endorsement(NamedTuple):
@@ -190,8 +189,6 @@ def _platform_indices(esapi: ESAPI) -> Callable[[int], bytes]:
         size = int(answer.nvPublic.dataSize)
         if not int(answer.nvPublic.attributes) & TPMA_NV.PLATFORMCREATE:
             raise NoSuchIndex(index)
-        if size > _INDEX_LIMIT:
-            raise _malformed(f"NV index {index:#x} has {size} bytes")
         return b"".join(
             bytes(esapi.nv_read(handle, min(_CHUNK, size - offset), offset))
             for offset in range(0, size, _CHUNK)

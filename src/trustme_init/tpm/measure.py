@@ -5,7 +5,9 @@ What will run is extended into a PCR and logged before it is read for use.
 
 The TPM is driven by a child process until the core starts: it loads the TPM library (130-190 ms natively)
 while the manager reads firmware and disks, and keeps that library out of the manager for good. The two speak
-over a SOCK_SEQPACKET pair: one request, one reply, both JSON, at most `MESSAGE_LIMIT` bytes.
+over a SOCK_SEQPACKET pair: one request, one reply, both JSON, at most `MESSAGE_LIMIT` bytes. The child's
+first word comes unasked, before it loads the library: the marker, for the mode is decided before anything is
+measured.
 
 PCR 13 is extended with TPM2_PCR_Event (TPM 2.0 Part 3, section 22.3), so every active bank gets its own
 digest of the same event data. Each digest the TPM reports must be the one we compute ourselves, and at least
@@ -30,11 +32,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from trustme_init.errors import DeviceRefusal, Refusal
 from trustme_init.linux.files import write_all
+from trustme_init.tpm import quick_marker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tpm2_pytss import ESAPI
+
+    from trustme_init.tpm.marker_form import MarkerReading
 
 PCR: Final = 13
 """Firmware uses 0-7, the boot stub 11 and 12; 13 is the register for what the base system then starts."""
@@ -62,6 +67,7 @@ class Measurer:
     def __init__(self, tcti: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(REPLY_TIMEOUT)
+        self._hello: dict[str, Any] | None = None
         self._pid = os.fork()
         if self._pid == 0:
             self._socket.close()
@@ -79,24 +85,39 @@ class Measurer:
             _record(measurement, reply, log)
 
     def marker(self) -> dict[str, Any]:
-        """Return what the NV index of the provisioning marker says, as `nv_marker.MarkerReading` in JSON.
+        """Return what the NV index of the provisioning marker says, as `marker_form.MarkerReading` in JSON.
 
         Keys: state (absent, open, completed), locked; of a completed one device_uuid and record_sha256 (hex).
 
         Raises:
             DeviceRefusal: "tpm-failed", or what `nv_marker.read_marker` refuses ("marker-foreign").
         """
-        reply = self._ask({"ask": "marker"}, "its provisioning marker")
+        reply = self._first_word()
+        if reply.get("marker") is None:
+            reply = self._ask({"ask": "marker"}, "its provisioning marker")
         if not isinstance(reply.get("marker"), dict):
             raise _failed("its provisioning marker", f"an answer without one: {sorted(reply)}")
         return dict(reply["marker"])
 
+    def _first_word(self) -> dict[str, Any]:
+        """Return what the child says before it loads the library: the marker, where that is plain."""
+        if self._hello is None:
+            self._hello = self._reply("its provisioning marker")
+        return self._hello
+
     def _ask(self, request: dict[str, str], what: str) -> dict[str, Any]:
         """Return the child's reply to one request; what it refuses is raised here."""
+        self._first_word()
         try:
             # A child that has ended still has its last word in the socket, which is the reason we want.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._socket.send(json.dumps(request).encode())
+        except OSError as exc:
+            raise _failed(what, f"{type(exc).__name__}: {exc}") from exc
+        return self._reply(what)
+
+    def _reply(self, what: str) -> dict[str, Any]:
+        try:
             reply: dict[str, Any] = json.loads(self._receive() or b'{"error": "the TPM process ended"}')
             if "refusal" in reply:
                 said = reply["refusal"]
@@ -215,6 +236,7 @@ def _serve(connection: socket.socket, tcti: str) -> NoReturn:
     """Serve the manager until it closes its end."""
     status = 0
     try:
+        connection.send(json.dumps({"marker": _marker(quick_marker.read(tcti))}).encode())
         from tpm2_pytss import ESAPI
 
         with ESAPI(tcti) as esapi:
@@ -235,17 +257,20 @@ def _answer(esapi: Any, banks: dict[int, str], request: dict[str, str]) -> dict[
     from trustme_init.tpm.nv_marker import read_marker
 
     try:
-        reading = read_marker(esapi)
+        return {"marker": _marker(read_marker(esapi))}
     except Refusal as refusal:
         return {"refusal": refusal.as_dict()}
+
+
+def _marker(reading: MarkerReading | None) -> dict[str, Any] | None:
+    if reading is None:
+        return None
     content = reading.content
     return {
-        "marker": {
-            "state": reading.state.value,
-            "locked": reading.locked,
-            "device_uuid": str(content.device_uuid) if content is not None else None,
-            "record_sha256": content.record_sha256.hex() if content is not None else "",
-        }
+        "state": reading.state.value,
+        "locked": reading.locked,
+        "device_uuid": str(content.device_uuid) if content is not None else None,
+        "record_sha256": content.record_sha256.hex() if content is not None else "",
     }
 
 

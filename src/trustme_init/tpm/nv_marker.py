@@ -17,15 +17,12 @@ States, and the only ways between them:
 
 from __future__ import annotations
 
-import enum
-from typing import Final, NamedTuple, Self
-from uuid import UUID
+from typing import Final
 
 from tpm2_pytss import (
     ESAPI,
     ESYS_TR,
     TPM2_ALG,
-    TPM2_NT,
     TPM2_RC,
     TPM2B_NV_PUBLIC,
     TPMA_NV,
@@ -41,66 +38,22 @@ from trustme_init.tpm.connection import (
     salted_session,
     tpm_failures,
 )
+from trustme_init.tpm.marker_form import (
+    ATTRIBUTES,
+    INDEX,
+    PROGRESS,
+    SIZE,
+    WRITELOCKED,
+    WRITTEN,
+    MarkerContent,
+    MarkerReading,
+    MarkerState,
+)
 from trustme_init.tpm.storage_key import find_storage_key
 
-INDEX: Final = 0x01800000 + 0x746D
-"""In the range that the TCG leaves to owners (Registry of Reserved TPM 2.0 Handles, section 2.2.2); "tm"."""
-SIZE: Final = 49
-
-_VERSION: Final = 1
-_ATTRIBUTES: Final = int(
-    TPMA_NV.OWNERWRITE
-    | TPMA_NV.OWNERREAD
-    | TPMA_NV.AUTHREAD
-    | TPMA_NV.NO_DA
-    | TPMA_NV.WRITEDEFINE
-    | (TPM2_NT.ORDINARY << TPMA_NV.TPM2_NT_SHIFT)
-)
-_PROGRESS: Final = int(TPMA_NV.WRITTEN | TPMA_NV.WRITELOCKED)
-"""The attributes that change on the way; all others stay as they were defined."""
 _REMEDY_FOREIGN: Final = (
     "somebody else has used this TPM: clear it in the firmware set-up and provision again"
 )
-
-
-class MarkerContent(NamedTuple):
-    """What a completed marker says: which device was provisioned, and what as."""
-
-    device_uuid: UUID
-    record_sha256: bytes
-    """SHA-256 of the provisioning record."""
-
-    def encode(self) -> bytes:
-        """Return the index's content: version (1 byte), UUID (16, RFC 9562 order), SHA-256 (32)."""
-        data = bytes([_VERSION]) + self.device_uuid.bytes + self.record_sha256
-        if len(data) != SIZE:
-            raise ValueError("a record's SHA-256 has 32 bytes")
-        return data
-
-    @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """Parse an index's content; ValueError if it is not `SIZE` bytes of version 1."""
-        if len(data) != SIZE or data[0] != _VERSION:
-            raise ValueError("not a marker of version 1")
-        return cls(UUID(bytes=data[1:17]), data[17:])
-
-
-class MarkerState(enum.Enum):
-    """How far provisioning went."""
-
-    ABSENT = "absent"
-    OPEN = "open"
-    COMPLETED = "completed"
-
-
-class MarkerReading(NamedTuple):
-    """What the TPM says about the marker."""
-
-    state: MarkerState
-    content: MarkerContent | None = None
-    """Present when COMPLETED."""
-    locked: bool = False
-    """Whether TPM2_NV_WriteLock was done; on a COMPLETED marker it is for good."""
 
 
 @tpm_failures("read the provisioning marker")
@@ -130,7 +83,7 @@ def define_marker(esapi: ESAPI, owner_auth: bytes) -> MarkerReading:
         return reading
     public = TPM2B_NV_PUBLIC(
         nvPublic=TPMS_NV_PUBLIC(
-            nvIndex=INDEX, nameAlg=TPM2_ALG.SHA256, attributes=TPMA_NV(_ATTRIBUTES), dataSize=SIZE
+            nvIndex=INDEX, nameAlg=TPM2_ALG.SHA256, attributes=TPMA_NV(ATTRIBUTES), dataSize=SIZE
         )
     )
     with (
@@ -141,14 +94,14 @@ def define_marker(esapi: ESAPI, owner_auth: bytes) -> MarkerReading:
     return read_marker(esapi)
 
 
-@tpm_failures("complete the provisioning marker")
 def complete_marker(esapi: ESAPI, owner_auth: bytes, content: MarkerContent) -> MarkerReading:
     """Write `content`, which ends provisioning, and lock the index for good; return what is then there.
 
     The same content again only finishes a missing lock. Raises DeviceRefusal "marker-already-completed" where
     other content is there, "marker-undefined" without `define_marker`, "marker-unprotected" for an empty
-    `owner_auth`, "tpm-auth-refused" for a wrong one.
+    `owner_auth`, "tpm-auth-refused" for a wrong one; ValueError for content that cannot be encoded.
     """
+    data = content.encode()
     if not owner_auth:
         raise DeviceRefusal(
             "marker-unprotected",
@@ -172,12 +125,7 @@ def complete_marker(esapi: ESAPI, owner_auth: bytes, content: MarkerContent) -> 
             remedy="a device is provisioned once; clear the TPM in the firmware set-up to start over",
         )
     if reading.content is None:
-        index = esapi.tr_from_tpmpublic(INDEX)
-        with (
-            salted_session(esapi, find_storage_key(esapi)) as session,
-            authorised(esapi, ESYS_TR.OWNER, owner_auth),
-        ):
-            esapi.nv_write(index, content.encode(), auth_handle=ESYS_TR.OWNER, session1=session)
+        _write(esapi, owner_auth, data)
     return ensure_locked(esapi, owner_auth)
 
 
@@ -208,18 +156,28 @@ def ensure_locked(esapi: ESAPI, owner_auth: bytes) -> MarkerReading:
     return reading
 
 
+@tpm_failures("complete the provisioning marker")
+def _write(esapi: ESAPI, owner_auth: bytes, data: bytes) -> None:
+    index = esapi.tr_from_tpmpublic(INDEX)
+    with (
+        salted_session(esapi, find_storage_key(esapi)) as session,
+        authorised(esapi, ESYS_TR.OWNER, owner_auth),
+    ):
+        esapi.nv_write(index, data, auth_handle=ESYS_TR.OWNER, session1=session)
+
+
 def _reading(esapi: ESAPI, index: ESYS_TR) -> MarkerReading:
     answer, _ = esapi.nv_read_public(index)
     public = answer.nvPublic
     attributes = int(public.attributes)
-    found = (attributes & ~_PROGRESS, int(public.dataSize), int(public.nameAlg), bytes(public.authPolicy))
-    if found != (_ATTRIBUTES, SIZE, int(TPM2_ALG.SHA256), b""):
+    found = (attributes & ~PROGRESS, int(public.dataSize), int(public.nameAlg), bytes(public.authPolicy))
+    if found != (ATTRIBUTES, SIZE, int(TPM2_ALG.SHA256), b""):
         raise _foreign(
             f"attributes {attributes:#x}, {found[1]} bytes, name algorithm {found[2]:#x}, "
             f"{'with' if found[3] else 'without'} a policy"
         )
-    locked = bool(attributes & TPMA_NV.WRITELOCKED)
-    written = bool(attributes & TPMA_NV.WRITTEN)
+    locked = bool(attributes & WRITELOCKED)
+    written = bool(attributes & WRITTEN)
     try:
         data = bytes(esapi.nv_read(index, SIZE))
     except TSS2_Exception as exc:

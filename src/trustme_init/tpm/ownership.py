@@ -71,7 +71,7 @@ def take_ownership(esapi: ESAPI, directory: Path) -> Authorisations:
 
     Raises DeviceRefusal "tpm-owned-by-another" where an authorisation is set that is not ours,
     "tpm-authorisation-lost" where ours is set but cannot be unsealed, "tpm-lockout", "storage-key-foreign",
-    "tpm-no-bank"; StorageRefusal "authorisations-unwritable" before anything in the TPM was changed.
+    "tpm-no-bank"; StorageRefusal "authorisations-unwritable", with no authorisation set.
     """
     state = permanent(esapi)
     if state.endorsement_auth_set:

@@ -36,7 +36,14 @@ def permanent(esapi: ESAPI) -> Permanent:
     _, answer = esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, TPM2_PT.PERMANENT, 1)
     # The answer owns the memory that its parts are read from, so it needs a name of its own.
     values = {int(each.property): int(each.value) for each in answer.data.tpmProperties}
-    value = values[int(TPM2_PT.PERMANENT)]
+    value = values.get(int(TPM2_PT.PERMANENT))
+    if value is None:
+        raise DeviceRefusal(
+            "tpm-failed",
+            "the TPM does not say who owns it",
+            evidence=f"TPM2_GetCapability answers with the properties {[hex(each) for each in values]}",
+            remedy="restart the device; if it stays so, the TPM or the way to it is defective",
+        )
     return Permanent(
         owner_auth_set=bool(value & _OWNER_AUTH_SET),
         endorsement_auth_set=bool(value & _ENDORSEMENT_AUTH_SET),

@@ -43,8 +43,6 @@ from trustme_init.tpm.properties import strongest_bank
 PCR: Final = 7
 BANKS: Final = ("sha256", "sha384", "sha512")
 
-_LIMIT: Final = 128
-"""MAX_SYM_DATA, what a sealed object can hold (TPM 2.0 Part 2, section 11.1.14)."""
 _ATTRIBUTES: Final = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.NODA
 
 
@@ -61,9 +59,7 @@ class NotOursError(Exception):
 
 
 def seal(esapi: ESAPI, srk: ESYS_TR, secret: bytes) -> Sealed:
-    """Seal `secret` (at most 128 bytes); DeviceRefusal "tpm-no-bank" without a SHA-2 bank."""
-    if len(secret) > _LIMIT:
-        raise ValueError(f"more than {_LIMIT} bytes cannot be sealed")
+    """Seal `secret`, at most MAX_SYM_DATA = 128 bytes; DeviceRefusal "tpm-no-bank" without a SHA-2 bank."""
     bank = strongest_bank(esapi, PCR)
     with trial_session(esapi) as trial:
         esapi.policy_pcr(trial, TPM2B_DIGEST(), _selection(bank))
@@ -94,8 +90,6 @@ def unseal(esapi: ESAPI, srk: ESYS_TR, sealed: Sealed) -> bytes:
         raise NotOursError("the sealed object is damaged") from exc
     if (public_size, private_size) != (len(sealed.public), len(sealed.private)):
         raise NotOursError("the sealed object is damaged")
-    if int(public.publicArea.objectAttributes) != int(_ATTRIBUTES):
-        raise NotOursError("the sealed object has not the attributes that we give")
     try:
         handle = esapi.load(srk, private, public)
     except TSS2_Exception as exc:

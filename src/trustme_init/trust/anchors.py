@@ -5,7 +5,8 @@ Rules (design decision 2):
 - The anchors of the core are the CA certificates in `db`, minus whatever `dbx` revokes. Any CA in `db` is a
   full anchor, self-signed or not. Other certificates there (a leaf that signs boot loaders) are no anchors.
 - An anchor has one purpose. A set holds anchors of one purpose, and whoever uses it names the purpose.
-  Anchors of software are CAs that may vouch for code signing, those of devices for client authentication.
+  Anchors of software are CAs that may vouch for code signing, those of devices for client authentication,
+  those of the lifecycle for who signs statements (`statement`).
 - `dbx` revokes: a certificate listed in full, with everything it issued and everything with its key; a
   certificate by the digest of its TBSCertificate; and by SHA-256 a certificate, a configuration or an image.
 - A revocation time (EFI_TIME beside a TBS digest) is not looked at: it spares signatures that a trusted
@@ -34,23 +35,27 @@ class Purpose(Enum):
     CORE = "core"
     GUEST = "guest"
     DEVICE = "device"
+    LIFECYCLE = "lifecycle"
 
 
 AUTHORITY_ROLES: Final[Mapping[Purpose, certificates.Role]] = {
     Purpose.CORE: certificates.CA,
     Purpose.GUEST: certificates.CA,
     Purpose.DEVICE: certificates.DEVICE_CA,
+    Purpose.LIFECYCLE: certificates.LIFECYCLE_CA,
 }
 """The rules for a CA certificate that is to be an anchor."""
 _VOUCHED: Final[Mapping[Purpose, str]] = {
     Purpose.CORE: "software",
     Purpose.GUEST: "software",
     Purpose.DEVICE: "devices",
+    Purpose.LIFECYCLE: "lifecycle statements",
 }
 _REMEDIES: Final[Mapping[Purpose, str]] = {
     Purpose.CORE: "enrol the software-signing CA in db (`trustme uefi vars`, or the firmware's key set-up)",
     Purpose.GUEST: "register the CA that signs GuestOSes (`control ca_register`)",
     Purpose.DEVICE: "register the CA that signs device certificates (`control device_ca_register`)",
+    Purpose.LIFECYCLE: "register a CA for them in provisioning (`control lifecycle_ca_register`)",
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a certificate may become an anchor of GuestOSes or of devices.
+"""Whether a certificate may become an anchor of GuestOSes, of devices, or of the lifecycle.
 
 Rules, on top of those that `certificate` has for every CA:
 - One PEM block, exactly as OpenSSL writes it (`chain.pem_blocks`), and nothing else: one text for each
@@ -28,7 +28,7 @@ from trustme_init.trust.chain import MalformedPemError, pem_blocks
 
 AUTHORITY_BYTES: Final = 16 * 1024
 """Of the PEM text; that of an RSA-8192 CA has about 4 KiB."""
-DEPLOYED: Final = frozenset({Purpose.GUEST, Purpose.DEVICE})
+DEPLOYED: Final = frozenset({Purpose.GUEST, Purpose.DEVICE, Purpose.LIFECYCLE})
 """The purposes that anchors are registered for; those of the core are the firmware's."""
 
 _DER_SEQUENCE: Final = b"\x30"
@@ -96,7 +96,7 @@ def read_authority(data: bytes) -> x509.Certificate:
 def require_authority(
     certificate: x509.Certificate, *, at: datetime, revocations: Revocations, purpose: Purpose
 ) -> Authority:
-    """Judge a certificate as an anchor for `purpose`, GUEST or DEVICE, at the moment `at` (aware).
+    """Judge a certificate as an anchor for `purpose`, one of DEPLOYED, at the moment `at` (aware).
 
     TrustRefusal: "wrong-purpose", "certificate-version", "certificate-serial", "weak-key", "weak-signature",
     "certificate-not-yet-valid", "certificate-expired", "not-a-ca", "ca-key-usage", "ca-purpose",

@@ -15,6 +15,8 @@ Rules (RFC 5280 sections 4.1 and 4.2; `chain`, `anchors` and `authority` apply t
 - A device's certificate says what it is for: digital signatures (keyUsage) and client authentication
   (extendedKeyUsage). Code signing and any purpose are not among them, so that no identity can sign software
   where one CA stands above both. A peer's is for client or server authentication, and for no more either.
+- Who signs lifecycle statements has a certificate for that and for nothing else (`LIFECYCLE_PURPOSE`): no
+  signer of software and no device can change what a device believes.
 - Name constraints say nothing about software, nor about a UUID, so a certificate that relies on them is
   refused.
 """
@@ -44,6 +46,9 @@ from cryptography.x509.verification import (
 
 RSA_BITS: Final = range(2048, 8192 + 1)
 """Above 8192 bits a verification costs more than a boot can spend on bytes nobody has vouched for yet."""
+
+LIFECYCLE_PURPOSE: Final = x509.ObjectIdentifier("2.25.164894978042813228552267070516158977459")
+"""extendedKeyUsage of who signs lifecycle statements: UUID 7c0d9e1a-52f4-4b7e-9a36-1f8e40c2d5b3 (X.667)."""
 
 _SUBJECT_LIMIT: Final = 200
 _SERIAL_BITS: Final = 160
@@ -327,6 +332,18 @@ def _peer_purpose(purpose: x509.ObjectIdentifier) -> Rule:
     return rule
 
 
+def _lifecycle_key_usage(value: x509.KeyUsage | None) -> Fault | None:
+    if value is not None and value.digital_signature and not value.key_cert_sign:
+        return None
+    return Fault("statement-purpose", "the certificate does not say that its key makes signatures")
+
+
+def _lifecycle_purpose(value: x509.ExtendedKeyUsage | None) -> Fault | None:
+    if value is not None and set(value) == {LIFECYCLE_PURPOSE}:
+        return None
+    return Fault("statement-purpose", "the certificate is not for lifecycle statements, and for nothing else")
+
+
 def _no_name_constraints(value: x509.NameConstraints | None) -> Fault | None:
     if value is None:
         return None
@@ -395,6 +412,8 @@ DEVICE: Final = _leaf(_device_key_usage, _device_purpose)
 CLIENT: Final = _leaf(_peer_key_usage, _peer_purpose(ExtendedKeyUsageOID.CLIENT_AUTH))
 SERVER_CA: Final = _authority(ExtendedKeyUsageOID.SERVER_AUTH, "server authentication")
 SERVER: Final = _leaf(_peer_key_usage, _peer_purpose(ExtendedKeyUsageOID.SERVER_AUTH))
+LIFECYCLE_CA: Final = _authority(LIFECYCLE_PURPOSE, "lifecycle statements")
+LIFECYCLE: Final = _leaf(_lifecycle_key_usage, _lifecycle_purpose)
 
 
 def role_fault(certificate: x509.Certificate, role: Role, at: datetime) -> Fault | None:

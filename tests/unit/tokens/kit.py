@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -124,20 +126,68 @@ def shrouded_bag(identifier: bytes, contents: bytes) -> bytes:
     )
 
 
-def encrypted_safe(password: str, bags: bytes, rounds: int = FEW) -> bytes:
+def encrypted_safe(password: str, bags: bytes, *, claimed: int | None = None, version: int = 0) -> bytes:
     """Return a ContentInfo of EncryptedData with these SafeBags."""
-    identifier, cipher = pbes2(password, rounds)
+    identifier, cipher = pbes2(password, FEW, claimed=claimed)
+    return _encrypted_data(identifier, _encrypt(cipher, der.element(der.SEQUENCE, bags)), version)
+
+
+def legacy_safe() -> bytes:
+    """Return what only looks like a part encrypted with RC2."""
+    parameters = der.element(der.SEQUENCE, der.element(der.OCTET_STRING, bytes(8)), der.integer(FEW))
+    name = der.element(der.OID, bytes.fromhex("2a864886f70d010c0106"))
+    return _encrypted_data(der.element(der.SEQUENCE, name, parameters), bytes(64), 0)
+
+
+def _encrypted_data(identifier: bytes, contents: bytes, version: int) -> bytes:
     info = der.element(
         der.SEQUENCE,
         der.element(der.OID, bytes.fromhex("2a864886f70d010701")),
         identifier,
-        der.element(der.IMPLICIT_0, _encrypt(cipher, der.element(der.SEQUENCE, bags))),
+        der.element(der.IMPLICIT_0, contents),
     )
     return der.element(
         der.SEQUENCE,
         der.element(der.OID, bytes.fromhex("2a864886f70d010706")),
-        der.element(der.EXPLICIT_0, der.element(der.SEQUENCE, der.integer(0), info)),
+        der.element(der.EXPLICIT_0, der.element(der.SEQUENCE, der.integer(version), info)),
     )
+
+
+@dataclass
+class Node:
+    """One element of a DER tree; `inside` are elements, or the bytes of a primitive."""
+
+    tag: int
+    inside: list[Node] | bytes
+
+    @classmethod
+    def of(cls, data: bytes, closed: bytes) -> Node:
+        """Return the tree of one element, with those inside OCTET STRINGs, except inside that of `closed`."""
+        tag = data[0]
+        contents = der.Reader(data).element(tag)
+        hides_der = tag == der.OCTET_STRING and contents[:1] == b"\x30" and contents != closed
+        if not (tag & 0x20 or hides_der):
+            return cls(tag, contents)
+        reader, inside = der.Reader(contents), []
+        try:
+            while reader.more():
+                inside.append(cls.of(reader.raw(contents[reader._at]), closed))
+        except der.DerError:
+            return cls(tag, contents)
+        return cls(tag, inside)
+
+    def encode(self) -> bytes:
+        inside = self.inside
+        return der.element(
+            self.tag, inside if isinstance(inside, bytes) else b"".join(each.encode() for each in inside)
+        )
+
+    def everywhere(self) -> Iterator[list[Node]]:
+        """Iterate over the lists of elements in this and below it, except attributes, which are free."""
+        if not isinstance(self.inside, bytes) and self.tag != der.SET:
+            yield self.inside
+            for each in self.inside:
+                yield from each.everywhere()
 
 
 def _encrypt(cipher: Cipher[modes.CBC], plain: bytes) -> bytes:

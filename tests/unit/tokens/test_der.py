@@ -51,7 +51,6 @@ def test_any_integer_is_read_in_one_way_or_refused(data: bytes) -> None:
         "30",
         "3081",
         "308101",
-        "3080020101 0000",  # indefinite
         "30810102 01",  # one byte, in two
         "3082000102",
         "30830000010 2",
@@ -71,6 +70,11 @@ def test_other_encodings(data: str) -> None:
 def test_other_integers(data: str) -> None:
     with pytest.raises(DerError):
         Reader(bytes.fromhex(data)).integer()
+
+
+def test_ber_is_named() -> None:
+    with pytest.raises(DerError, match="indefinite: BER"):
+        Reader(bytes.fromhex("3080 0201 0100 00")).element(der.SEQUENCE)
 
 
 def test_what_is_left_over() -> None:

@@ -189,6 +189,54 @@ def test_no_rounds_no_mac_no_version(few_rounds: None) -> None:
     assert refused(der.element(der.SEQUENCE, der.integer(2), content, mac)).code == "token-malformed"
 
 
+def test_nothing_may_stand_beside_what_is_known(few_rounds: None) -> None:
+    """One more element anywhere is refused by the form alone."""
+    made = kit.token()
+    file = pkcs12.parse(kit.encoded(made))
+    safes = (*file._open_safes, kit.encrypted_safe(PIN, b""), kit.legacy_safe())
+    data = pkcs12.assemble(safes, PIN, hash_name="sha256", rounds=FEW)
+    certificate = made.certificate.public_bytes(Encoding.DER)
+    tree = kit.Node.of(data, certificate)
+    assert tree.encode() == data
+    places = 0
+    for inside in tree.everywhere():
+        inside.append(kit.Node(der.NULL, b""))
+        with pytest.raises(TokenRefusal) as caught:
+            pkcs12.parse(tree.encode())
+        assert caught.value.code == "token-malformed"
+        inside.pop()
+        places += 1
+    assert places > 40  # the file's lists of elements
+    assert pkcs12.parse(tree.encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "evidence"),
+    [
+        (1, "a private key is not encrypted"),
+        (4, "something else"),
+        (5, "something else"),
+        (6, "something else"),
+    ],
+    ids=["key", "crl", "secret", "nested"],
+)
+def test_other_bags(few_rounds: None, kind: int, evidence: str) -> None:
+    bag = der.element(
+        der.SEQUENCE,
+        der.element(der.OID, bytes.fromhex("2a864886f70d010c0a01") + bytes([kind])),
+        der.element(der.EXPLICIT_0),
+    )
+    safes = (pkcs12._data(der.element(der.SEQUENCE, bag)), kit.key_safe(PIN))
+    refusal = refused(pkcs12.assemble(safes, PIN, hash_name="sha256", rounds=FEW))
+    assert refusal.code == "token-malformed"
+    assert evidence in refusal.evidence
+
+
+def test_encrypted_data_of_another_version(few_rounds: None) -> None:
+    safes = (kit.key_safe(PIN), kit.encrypted_safe(PIN, b"", version=2))
+    assert refused(pkcs12.assemble(safes, PIN, hash_name="sha256", rounds=FEW)).code == "token-malformed"
+
+
 def test_two_keys_are_refused(few_rounds: None) -> None:
     file = pkcs12.parse(kit.encoded())
     safes = (*file._open_safes, kit.key_safe(PIN))
@@ -239,7 +287,7 @@ class TestIterationBombs:
         self.costly(pkcs12.assemble((safe,), PIN, hash_name="sha256", rounds=FEW))
 
     def test_in_many_parts(self, few_rounds: None) -> None:
-        parts = tuple(kit.encrypted_safe(PIN, b"", 60_000) for _ in range(67))
+        parts = tuple(kit.encrypted_safe(PIN, b"", claimed=60_000) for _ in range(67))
         data = pkcs12.assemble((kit.key_safe(PIN), *parts), PIN, hash_name="sha256", rounds=FEW)
         self.costly(data)
 
@@ -252,33 +300,16 @@ class TestIterationBombs:
         assert open_token(data, PIN)
 
     def test_in_the_length_of_a_derived_key(self, few_rounds: None) -> None:
-        safe = kit.key_safe(PIN)
-        rounds = der.integer(FEW)
-        place = safe.index(rounds) + len(rounds)
-        # keyLength goes between the rounds and the PRF; every length around it grows with it
-        longer = _grown(safe, place, der.integer(65))
+        tree = kit.Node.of(kit.key_safe(PIN), b"")
+        (parameters,) = (
+            inside for inside in tree.everywhere() if kit.Node(der.INTEGER, bytes([FEW])) in inside
+        )
+        parameters.insert(2, kit.Node(der.INTEGER, bytes([65])))
+        longer = tree.encode()
         data = pkcs12.assemble((longer,), PIN, hash_name="sha256", rounds=FEW)
         refusal = refused(data)
         assert refusal.code == "token-malformed"
         assert "longer than any cipher" in refusal.evidence
-
-
-def _grown(data: bytes, place: int, extra: bytes) -> bytes:
-    """Insert into nested DER at `place`, lengthening each element that encloses it."""
-    if place == 0:
-        return extra + data
-    at = 0
-    while True:
-        size = data[at + 1]
-        head = 2 if size < 0x80 else 2 + (size & 0x7F)
-        length = size if size < 0x80 else int.from_bytes(data[at + 2 : at + head], "big")
-        end = at + head + length
-        if at + head <= place <= end and data[at] in (0x30, 0x31, 0xA0, 0x04):
-            inner = _grown(data[at + head : end], place - at - head, extra)
-            return data[:at] + der.element(data[at], inner) + data[end:]
-        at = end
-        if at == place:
-            return data[:at] + extra + data[at:]
 
 
 def with_mac_rounds(data: bytes, rounds: int) -> bytes:

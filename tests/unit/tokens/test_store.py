@@ -155,11 +155,22 @@ def test_whether_the_pin_is_the_development_one_is_known(directory: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"version": 1, "default_pin": 1}', b"\xff", b"x" * 2000]
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"version": 1, "default_pin": 1}',
+        b'{"version": 1, "default_pin": {"SHA": 1}}',
+        b'{"version": 2, "default_pin": {"SHA": true}}',
+        b"\xff",
+        b"x" * 2000,
+    ],
 )
 def test_a_damaged_description_knows_nothing(directory: Path, content: bytes) -> None:
     with_token(directory)
-    (directory / "token.json").write_bytes(content)
+    digest = hashlib.sha256(tree(directory)["testuser.p12"]).hexdigest()
+    (directory / "token.json").write_bytes(content.replace(b"SHA", digest.encode()))
     assert store(directory).status().default_pin is None
     store(directory).unlock(PIN)
     assert store(directory).status().default_pin is False

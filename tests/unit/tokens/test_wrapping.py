@@ -7,9 +7,13 @@ import struct
 import traceback
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.padding import PKCS7
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,7 +67,37 @@ def test_cut_short_or_grown(kind: str) -> None:
     for size in range(len(blob)):
         damaged(token, blob[:size])
     damaged(token, blob + b"\0")
-    damaged(token, blob + bytes(5000))
+    assert "more than" in damaged(token, blob + bytes(5000)).evidence
+
+
+@EACH
+def test_the_form_is_the_documented_one(kind: str) -> None:
+    token = TOKENS[kind]
+    private = token.private_key
+    blob = wrap(token.certificate, KEY, context=CONTAINER)
+    magic, version, method, length = struct.unpack(">4sBBH", blob[:8])
+    encapsulation, nonce, ciphertext = blob[8 : 8 + length], blob[8 + length :][:12], blob[20 + length :]
+    assert (magic, version) == (b"TMWK", 1)
+    if isinstance(private, rsa.RSAPrivateKey):
+        assert method == 1
+        sha256 = hashes.SHA256()
+        secret = private.decrypt(encapsulation, padding.OAEP(padding.MGF1(sha256), sha256, label=None))
+    else:
+        assert method == 2
+        shared = private.exchange(
+            ec.ECDH(), ec.EllipticCurvePublicKey.from_encoded_point(private.curve, encapsulation)
+        )
+        own = private.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        info = b"trustme wrapped key" + blob[: 8 + length] + own
+        secret = HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared)
+    assert AESGCM(secret).decrypt(nonce, ciphertext, blob[: 8 + length] + CONTAINER) == KEY
+
+
+@EACH
+def test_other_versions_are_named(kind: str) -> None:
+    blob = wrap(TOKENS[kind].certificate, KEY, context=CONTAINER)
+    for other in (b"TMWK\2" + blob[5:], b"TMWL" + blob[4:]):
+        assert "of version 1" in damaged(TOKENS[kind], other).evidence
 
 
 @EACH
@@ -108,10 +142,11 @@ def gyroidos(token: Token, key: bytes = KEY) -> bytes:
     return struct.pack("=ii", len(ek), len(ct)) + iv + ek + ct
 
 
-def gyroidos_refused(blob: bytes, token: Token = TOKENS["rsa"]) -> None:
+def gyroidos_refused(blob: bytes, token: Token = TOKENS["rsa"]) -> str:
     with pytest.raises(TokenRefusal) as caught:
         unwrap_gyroidos(token, blob)
     assert caught.value.code == "wrapped-key-damaged"
+    return caught.value.evidence
 
 
 def test_what_the_original_wrapped() -> None:
@@ -145,7 +180,8 @@ def test_lengths_that_lie() -> None:
         (368, 0),
         (0, 368),
     ):
-        gyroidos_refused(struct.pack("=ii", first, second) + blob[8:])
+        evidence = gyroidos_refused(struct.pack("=ii", first, second) + blob[8:])
+        assert ("modulus" if first != 256 else "lengths") in evidence
     for size in range(len(blob)):
         gyroidos_refused(blob[:size])
     gyroidos_refused(blob + b"\0")

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import pytest
 
-from trustme_init.tpm.nv_marker import SIZE, MarkerContent
+from trustme_init.tpm.marker_form import SIZE, MarkerContent
 
 CONTENT = MarkerContent(UUID("00112233-4455-6677-8899-aabbccddeeff"), bytes(range(32)))
 ENCODED = bytes.fromhex("01" + "00112233445566778899aabbccddeeff") + bytes(range(32))
