@@ -25,6 +25,8 @@ from trustme_init.proto.control_pb2 import ControllerToDaemon, DaemonToControlle
 
 DEFAULT_SOCKET: Final = Path("/run/socket/cml-control")
 DEFAULT_TIMEOUT: Final = 30.0
+SLOW_TIMEOUT: Final = 200.0
+"""For what the vault does: a little more than the device itself gives it (`provisioning.vault`)."""
 _CHUNK: Final = 256 * 1024
 _LONGEST_ADDRESS: Final = 107
 

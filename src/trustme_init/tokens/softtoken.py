@@ -10,14 +10,14 @@ Rules:
 
 How dear a guess is. `ROUNDS` is 600,000, both for the encryption (PBKDF2-HMAC-SHA-256; what OWASP asks for
 since 2023) and for the MAC (PKCS#12's own derivation, with SHA-512): the two ways to test a PIN on a copied
-file, and whoever guesses takes the cheaper. A large graphics card does some 22e9 SHA-256 or 7.5e9 SHA-512 a
-second (hashcat on an RTX 4090), which is 18,000 or 12,500 guesses: a 6-digit PIN falls in under two minutes,
-8 random lower-case letters and digits in 7 years, 10 in 9,000. No number of rounds rescues a short PIN; it
-lives from the counter (`attempts`) and from the file lying on an encrypted volume. A device pays 0.5 s per
-unlock (x86 server core: MAC 0.26, key 0.13, checking the key 0.1), and 12 s under full emulation (QEMU's TCG:
-5 and 6.7). Twice the rounds would be felt at each start of a container and gain one bit; OpenSSL's default of
-2048 costs a guesser 300 times less. SHA-512 for the MAC, because a graphics card pays three times as much for
-it as for SHA-256, and the loop here, in Python, half as much again.
+file, and whoever guesses takes the cheaper. Reckoned with a large graphics card at 2e10 SHA-256 or 7e9
+SHA-512 a second (an order of magnitude, not a measurement of ours) that is some 15,000 guesses: a 6-digit
+PIN falls in a minute or two, 8 random lower-case letters and digits in years, 10 in thousands of years. No
+number of rounds rescues a short PIN; it lives from the counter (`attempts`) and from the file lying on an
+encrypted volume. A device pays 0.5 s per unlock (x86 server core: MAC 0.26, key 0.13, checking the key
+0.1), and 12 s under full emulation (QEMU's TCG: 5 and 6.7). Twice the rounds would be felt at each start of
+a container and gain one bit; OpenSSL's default of 2048 costs a guesser 300 times less. SHA-512 for the MAC,
+because it is dearer on a graphics card than SHA-256.
 """
 
 from __future__ import annotations

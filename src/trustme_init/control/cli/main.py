@@ -16,7 +16,7 @@ from trustme_init.control.cli import output
 from trustme_init.control.cli.session import Format, LocalProblem, Session
 from trustme_init.control.cli.verb import Verb
 from trustme_init.control.cli.verbs import VERBS
-from trustme_init.control.client import DEFAULT_SOCKET, DEFAULT_TIMEOUT, ControlClient
+from trustme_init.control.client import DEFAULT_SOCKET, DEFAULT_TIMEOUT, SLOW_TIMEOUT, ControlClient
 from trustme_init.control.sanitise import visible
 from trustme_init.errors import ControlRefusal
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     verb: Verb = options.verb
     format_ = Format(getattr(options, "format", "readable"))
-    timeout = getattr(options, "timeout", DEFAULT_TIMEOUT)
+    timeout = getattr(options, "timeout", SLOW_TIMEOUT if verb.slow else DEFAULT_TIMEOUT)
     with ControlClient(options.socket, timeout=timeout) as client:
         session = Session(client, verb.name, format_)
         try:
@@ -128,7 +128,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=argparse.SUPPRESS,
         metavar="SECONDS",
-        help=f"longest wait for one reply (default {DEFAULT_TIMEOUT:g})",
+        help=f"longest wait for one reply (default {DEFAULT_TIMEOUT:g}, of slow verbs {SLOW_TIMEOUT:g})",
     )
 
 

@@ -31,5 +31,7 @@ class Verb:
     help: str
     run: Run
     arguments: tuple[Argument, ...] = ()
+    slow: bool = False
+    """The device may have a key to derive or a TPM chip to wait for: it is given more time to answer."""
     destroys: str = ""
     """What is lost for good; asked about on a terminal unless --yes is given."""
