@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tests.integration.software_tpm import SoftwareTpm
 from tests.integration.tpm_interposer import Interposer, code_of
 from trustme_init import policy as policies
+from trustme_init.linux.mount import MNT_DETACH, mount, umount
 from trustme_init.provisioning.marker import NvReading
 from trustme_init.provisioning.mode import FROM_TPM, Mode, ModeFact
 from trustme_init.provisioning.service import ProvisioningService, Surroundings
@@ -91,8 +92,11 @@ def _walk(directory: Path, pki: PkiDirectory, *, chip: bool) -> dict[str, tuple[
     """Provision one device; return name → (TPM commands, seconds)."""
     data = directory / "data"
     data.mkdir(parents=True)
+    # A mount point, as on a device: the mode is not decided from a directory that only looks like the volume.
+    mount("tmpfs", str(data), "tmpfs", 0, "size=16m")
     found: dict[str, tuple[int, float]] = {}
     with ExitStack() as stack:
+        stack.callback(umount, str(data), MNT_DETACH)
         bus = stack.enter_context(Interposer(stack.enter_context(SoftwareTpm(directory)), directory))
         if chip:
             bus.on_command = _with_a_chip_s_latency

@@ -31,7 +31,6 @@ from trustme_init.errors import CompartmentRefusal, DeviceRefusal, Refusal
 from trustme_init.linux.files import write_atomic
 from trustme_init.linux.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, umount
 from trustme_init.proto.container_pb2 import ContainerState
-from trustme_init.provisioning.layout import Layout
 from trustme_init.provisioning.marker import decide
 from trustme_init.provisioning.mode import Mode, ModeFact
 from trustme_init.provisioning.vault import Outcome, Vault
@@ -292,11 +291,9 @@ class Device:
 
     def _prepare(self) -> None:
         """Have made what a device in provisioning needs, or finished what a power cut came into."""
-        mode = self._known_mode()
-        if mode.mode is Mode.PROVISIONING:
-            self.vault("prepare", {}, self._prepared)
-        elif not mode.locked or not Layout(self._machine.data).marker.exists():
-            self.vault("settle", {}, self._prepared)
+        provisioning = self._known_mode().mode is Mode.PROVISIONING
+        # In operation this also compares the disk with the history that the TPM keeps: it shows at once.
+        self.vault("prepare" if provisioning else "settle", {}, self._prepared)
 
     def _prepared(self, result: Mapping[str, Any], refusal: Refusal | None) -> None:
         if refusal is not None:

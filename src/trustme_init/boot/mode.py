@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def decide(machine: Machine, storage: StorageFact, measurer: Measurer | None) -> ModeFact:
-    """Return the mode; refusals as `marker.decide`. A destruction that was cut short is finished first."""
+    """Return the mode; refusals as `marker.decide`. A destruction that was cut short is finished first.
+
+    StorageRefusal: "tombstone-forged" in place of "device-destroyed" if this device did not say so.
+    """
     try:
         return marker.decide(storage.marker, storage.data)
     except ControlRefusal:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from trustme_init.control import gate
 from trustme_init.control.framing import REPLY_LIMIT
-from trustme_init.control.handlers import containers, device, guestos, logs, provisioning, tokens
+from trustme_init.control.handlers import containers, device, guestos, lifecycle, logs, provisioning, tokens
 from trustme_init.control.handlers.reply import Context, Handler, Replies, response
 from trustme_init.control.screen import screen_request
 from trustme_init.control.state import DeviceState
@@ -59,6 +59,9 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     Request.UNLOCK_TOKEN: tokens.unlock,
     Request.REPLACE_TOKEN: tokens.replace,
     Request.REMOVE_TOKEN: tokens.remove,
+    Request.REGISTER_LIFECYCLE_CA: provisioning.register("lifecycle"),
+    Request.APPLY_STATEMENT: lifecycle.apply,
+    Request.GET_LIFECYCLE_STATUS: lifecycle.status,
     Request.CHANGE_DEVICE_PIN: tokens.change_device_pin,
     Request.CONTAINER_CHANGE_TOKEN_PIN: tokens.change_container_pin,
 }

@@ -93,6 +93,9 @@ GATE: Final = (
     Rule(Request.UNLOCK_TOKEN, ALWAYS),
     Rule(Request.REPLACE_TOKEN, PROVISIONING),
     Rule(Request.REMOVE_TOKEN, PROVISIONING),
+    Rule(Request.REGISTER_LIFECYCLE_CA, PROVISIONING),
+    Rule(Request.APPLY_STATEMENT, ALWAYS, NEVER, "refused by name in provisioning, where none is needed"),
+    Rule(Request.GET_LIFECYCLE_STATUS, ALWAYS),
 )
 
 _RULES: Final = {rule.command: rule for rule in GATE}

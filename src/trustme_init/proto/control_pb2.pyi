@@ -31,11 +31,13 @@ class _AnchorPurposeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     GUEST_ANCHOR: _AnchorPurpose.ValueType  # 1
     DEVICE_ANCHOR: _AnchorPurpose.ValueType  # 2
+    LIFECYCLE_ANCHOR: _AnchorPurpose.ValueType  # 3
 
 class AnchorPurpose(_AnchorPurpose, metaclass=_AnchorPurposeEnumTypeWrapper): ...
 
 GUEST_ANCHOR: AnchorPurpose.ValueType  # 1
 DEVICE_ANCHOR: AnchorPurpose.ValueType  # 2
+LIFECYCLE_ANCHOR: AnchorPurpose.ValueType  # 3
 Global___AnchorPurpose: typing_extensions.TypeAlias = AnchorPurpose
 
 @typing.final
@@ -145,6 +147,9 @@ class ControllerToDaemon(google.protobuf.message.Message):
         UNLOCK_TOKEN: ControllerToDaemon._Command.ValueType  # 312
         REPLACE_TOKEN: ControllerToDaemon._Command.ValueType  # 313
         REMOVE_TOKEN: ControllerToDaemon._Command.ValueType  # 314
+        REGISTER_LIFECYCLE_CA: ControllerToDaemon._Command.ValueType  # 320
+        APPLY_STATEMENT: ControllerToDaemon._Command.ValueType  # 321
+        GET_LIFECYCLE_STATUS: ControllerToDaemon._Command.ValueType  # 322
 
     class Command(_Command, metaclass=_CommandEnumTypeWrapper): ...
     LIST_GUESTOS_CONFIGS: ControllerToDaemon.Command.ValueType  # 1
@@ -199,6 +204,9 @@ class ControllerToDaemon(google.protobuf.message.Message):
     UNLOCK_TOKEN: ControllerToDaemon.Command.ValueType  # 312
     REPLACE_TOKEN: ControllerToDaemon.Command.ValueType  # 313
     REMOVE_TOKEN: ControllerToDaemon.Command.ValueType  # 314
+    REGISTER_LIFECYCLE_CA: ControllerToDaemon.Command.ValueType  # 320
+    APPLY_STATEMENT: ControllerToDaemon.Command.ValueType  # 321
+    GET_LIFECYCLE_STATUS: ControllerToDaemon.Command.ValueType  # 322
 
     COMMAND_FIELD_NUMBER: builtins.int
     CONTAINER_UUIDS_FIELD_NUMBER: builtins.int
@@ -227,6 +235,9 @@ class ControllerToDaemon(google.protobuf.message.Message):
     TOKEN_FILE_FIELD_NUMBER: builtins.int
     CREDENTIAL_BLOB_FIELD_NUMBER: builtins.int
     ENCRYPTED_SECRET_FIELD_NUMBER: builtins.int
+    STATEMENT_FIELD_NUMBER: builtins.int
+    STATEMENT_SIGNATURE_FIELD_NUMBER: builtins.int
+    STATEMENT_CERTIFICATE_FIELD_NUMBER: builtins.int
     command: Global___ControllerToDaemon.Command.ValueType
     container_config_file: builtins.bytes
     container_config_signature: builtins.bytes
@@ -251,6 +262,9 @@ class ControllerToDaemon(google.protobuf.message.Message):
     token_file: builtins.bytes
     credential_blob: builtins.bytes
     encrypted_secret: builtins.bytes
+    statement: builtins.bytes
+    statement_signature: builtins.bytes
+    statement_certificate: builtins.bytes
     @property
     def container_uuids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -289,10 +303,13 @@ class ControllerToDaemon(google.protobuf.message.Message):
         token_file: builtins.bytes | None = ...,
         credential_blob: builtins.bytes | None = ...,
         encrypted_secret: builtins.bytes | None = ...,
+        statement: builtins.bytes | None = ...,
+        statement_signature: builtins.bytes | None = ...,
+        statement_certificate: builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "system_services", b"system_services", "token_file", b"token_file"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "statement", b"statement", "statement_certificate", b"statement_certificate", "statement_signature", b"statement_signature", "system_services", b"system_services", "token_file", b"token_file"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "container_uuids", b"container_uuids", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_args", b"exec_args", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "system_services", b"system_services", "token_file", b"token_file"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "container_uuids", b"container_uuids", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_args", b"exec_args", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "statement", b"statement", "statement_certificate", b"statement_certificate", "statement_signature", b"statement_signature", "system_services", b"system_services", "token_file", b"token_file"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ControllerToDaemon: typing_extensions.TypeAlias = ControllerToDaemon
@@ -559,6 +576,40 @@ class TokenStatus(google.protobuf.message.Message):
 Global___TokenStatus: typing_extensions.TypeAlias = TokenStatus
 
 @typing.final
+class LifecycleStatus(google.protobuf.message.Message):
+    """Which lifecycle statements the device obeyed. With a refusal beside it: why it obeys none, and does
+    nothing that rests on keys, anchors or token.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAST_SERIAL_FIELD_NUMBER: builtins.int
+    APPLIED_FIELD_NUMBER: builtins.int
+    IN_TPM_FIELD_NUMBER: builtins.int
+    NEXT_KEY_SHA256_FIELD_NUMBER: builtins.int
+    last_serial: builtins.int
+    """0 before the first statement"""
+    applied: builtins.int
+    in_tpm: builtins.bool
+    """whether a TPM knows the history, too"""
+    next_key_sha256: builtins.str
+    """of the device key that waits for its certificate"""
+    def __init__(
+        self,
+        *,
+        last_serial: builtins.int | None = ...,
+        applied: builtins.int | None = ...,
+        in_tpm: builtins.bool | None = ...,
+        next_key_sha256: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["applied", b"applied", "in_tpm", b"in_tpm", "last_serial", b"last_serial", "next_key_sha256", b"next_key_sha256"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["applied", b"applied", "in_tpm", b"in_tpm", "last_serial", b"last_serial", "next_key_sha256", b"next_key_sha256"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___LifecycleStatus: typing_extensions.TypeAlias = LifecycleStatus
+
+@typing.final
 class DaemonToController(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -588,6 +639,7 @@ class DaemonToController(google.protobuf.message.Message):
         CERTIFICATE_INFO: DaemonToController._Code.ValueType  # 302
         CREDENTIAL_ACTIVATED: DaemonToController._Code.ValueType  # 303
         TOKEN_STATUS: DaemonToController._Code.ValueType  # 310
+        LIFECYCLE_STATUS: DaemonToController._Code.ValueType  # 320
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     GUESTOS_CONFIGS_LIST: DaemonToController.Code.ValueType  # 1
@@ -610,6 +662,7 @@ class DaemonToController(google.protobuf.message.Message):
     CERTIFICATE_INFO: DaemonToController.Code.ValueType  # 302
     CREDENTIAL_ACTIVATED: DaemonToController.Code.ValueType  # 303
     TOKEN_STATUS: DaemonToController.Code.ValueType  # 310
+    LIFECYCLE_STATUS: DaemonToController.Code.ValueType  # 320
 
     class _Response:
         ValueType = typing.NewType("ValueType", builtins.int)
@@ -707,6 +760,7 @@ class DaemonToController(google.protobuf.message.Message):
     TOKEN_FIELD_NUMBER: builtins.int
     DEVICE_KEY_CERTIFICATION_FIELD_NUMBER: builtins.int
     ACTIVATED_SECRET_FIELD_NUMBER: builtins.int
+    LIFECYCLE_FIELD_NUMBER: builtins.int
     code: Global___DaemonToController.Code.ValueType
     container_cmld_handles_pin: builtins.bool
     response: Global___DaemonToController.Response.ValueType
@@ -746,6 +800,8 @@ class DaemonToController(google.protobuf.message.Message):
     def certificate(self) -> Global___CertificateInfo: ...
     @property
     def token(self) -> Global___TokenStatus: ...
+    @property
+    def lifecycle(self) -> Global___LifecycleStatus: ...
     def __init__(
         self,
         *,
@@ -776,10 +832,11 @@ class DaemonToController(google.protobuf.message.Message):
         token: Global___TokenStatus | None = ...,
         device_key_certification: builtins.bytes | None = ...,
         activated_secret: builtins.bytes | None = ...,
+        lifecycle: Global___LifecycleStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "lifecycle", b"lifecycle", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "authorities", b"authorities", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "container_configs", b"container_configs", "container_ifaces", b"container_ifaces", "container_status", b"container_status", "container_uuids", b"container_uuids", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "guestos_configs", b"guestos_configs", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "authorities", b"authorities", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "container_configs", b"container_configs", "container_ifaces", b"container_ifaces", "container_status", b"container_status", "container_uuids", b"container_uuids", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "guestos_configs", b"guestos_configs", "lifecycle", b"lifecycle", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DaemonToController: typing_extensions.TypeAlias = DaemonToController

@@ -5,6 +5,7 @@ Below `cml/tokens` (interop layout, section 2.5, with SHA-256 where upstream has
 
     ca/<sha256>.pem           anchors of GuestOSes
     device_ca/<sha256>.pem    anchors of devices
+    lifecycle_ca/<sha256>.pem anchors of who signs lifecycle statements (ours)
     localca_rootca.cert       one more anchor of GuestOSes, for what is signed on the spot
     device.cert               this device's certificate, leaf first
 
@@ -14,7 +15,7 @@ Rules:
   anything that is no regular file, is no anchor: it is left out of the set and named there
   ("authority-file-damaged"), as is a CA that has expired or been revoked since. The others go on serving: one
   bad block does not take a device out of service. With none left there is no set ("no-anchor").
-- A CA is an anchor of one purpose: its key is refused for the other one.
+- A CA is an anchor of one purpose: its key is refused for the others.
 - Nothing is followed and nothing half written (`folder`). Changes exclude each other by a lock.
 """
 
@@ -55,7 +56,8 @@ LOCAL_SOURCE: Final = "local CA"
 BASE_SOURCE: Final = "base system"
 """Of anchors that the caller adds to those of the store."""
 
-_FOLDERS: Final = {Purpose.GUEST: "ca", Purpose.DEVICE: "device_ca"}
+_FOLDERS: Final = {Purpose.GUEST: "ca", Purpose.DEVICE: "device_ca", Purpose.LIFECYCLE: "lifecycle_ca"}
+"""Of each purpose that there are stored anchors for."""
 _SUFFIX: Final = ".pem"
 _NAME: Final = re.compile(r"[0-9a-f]{64}\.pem", re.ASCII)
 _PREFIX: Final = re.compile(rf"[0-9a-f]{{{PREFIX_MIN},64}}", re.ASCII)
@@ -112,7 +114,7 @@ class CertificateStore:
         self._directory = directory
 
     def entries(self, purpose: Purpose) -> tuple[Entry, ...]:
-        """Return what is stored whole for GUEST or DEVICE, by SHA-256, the local CA last. It is not judged.
+        """Return what is stored whole for a purpose, by SHA-256, the local CA last. It is not judged.
 
         TrustRefusal: "too-many-authorities" if there are more than were ever taken, "wrong-purpose".
         """
@@ -132,7 +134,7 @@ class CertificateStore:
     def anchors(
         self, purpose: Purpose, *, revocations: Revocations, at: datetime, extra: Sequence[bytes] = ()
     ) -> AnchorSet:
-        """Return the stored anchors for GUEST or DEVICE that are good at the moment `at` (aware).
+        """Return the stored anchors for a purpose that are good at the moment `at` (aware).
 
         `extra` (DER) are further ones that the caller has from elsewhere, where the signed policy says so.
 
@@ -156,7 +158,7 @@ class CertificateStore:
         return replace(found, anchors=tuple(named))
 
     def add(self, purpose: Purpose, pem: bytes, *, at: datetime, revocations: Revocations) -> Entry:
-        """Store a CA certificate as an anchor for GUEST or DEVICE; durable when this returns.
+        """Store a CA certificate as an anchor for a purpose; durable when this returns.
 
         A damaged file in its place is replaced.
 
@@ -167,9 +169,7 @@ class CertificateStore:
         with self._changing() as root:
             stored = self._find(purpose, limited=False)
             self._require_new(authority, purpose, stored)
-            others = {each.sha256 for each in stored if each.source == STORE_SOURCE}
-            if len(others - {"", authority.sha256}) >= AUTHORITY_LIMIT:
-                raise _too_many(purpose, len(others))
+            self._require_room(authority, purpose, stored)
             with root.make_sub(_FOLDERS[purpose]) as folder:
                 folder.write(f"{authority.sha256}{_SUFFIX}", pem)
         return _entry(authority, STORE_SOURCE)
@@ -216,6 +216,42 @@ class CertificateStore:
                     folder.remove(match.name)
         return match.sha256
 
+    def require_new(
+        self, purpose: Purpose, pem: bytes, *, at: datetime, revocations: Revocations, replaced: str = ""
+    ) -> Authority:
+        """Judge a CA certificate as `add` does, store nothing, and return it.
+
+        `replaced` is the SHA-256 of the one that it is to take the place of, for the count.
+
+        TrustRefusal: as `add`.
+        """
+        authority = judge_authority(pem, at=at, revocations=revocations, purpose=purpose)
+        stored = self._find(purpose, limited=False)
+        self._require_new(authority, purpose, stored)
+        self._require_room(authority, purpose, stored, replaced)
+        return authority
+
+    def put(self, purpose: Purpose, pem: bytes) -> None:
+        """Store a CA certificate that `require_new` has accepted before; twice is as good as once.
+
+        Not judged again: what was once accepted for good must not be undone by the time that passed since.
+        """
+        sha256 = certificates.fingerprint(read_authority(pem).public_bytes(Encoding.DER))
+        with self._changing() as root, root.make_sub(_FOLDERS[purpose]) as folder:
+            folder.write(f"{sha256}{_SUFFIX}", pem)
+
+    def drop(self, purpose: Purpose, sha256: str) -> None:
+        """Remove the CA with this SHA-256, the local CA too; harmless where there is none."""
+        with self._changing() as root:
+            for each in self._find(purpose, limited=False):
+                if each.sha256 != sha256:
+                    continue
+                if each.source == LOCAL_SOURCE:
+                    root.remove(each.name)
+                else:
+                    with root.make_sub(_FOLDERS[purpose]) as folder:
+                        folder.remove(each.name)
+
     def remove_local(self) -> None:
         """Remove the local CA, whatever state its file is in; TrustRefusal("authority-unknown")."""
         with self._changing() as root:
@@ -256,6 +292,13 @@ class CertificateStore:
         with self._changing() as root:
             root.write(DEVICE_CERTIFICATE, pem)
 
+    def _require_room(
+        self, authority: Authority, purpose: Purpose, stored: Sequence[_Found], replaced: str = ""
+    ) -> None:
+        others = {each.sha256 for each in stored if each.source == STORE_SOURCE}
+        if len(others - {"", authority.sha256, replaced}) >= AUTHORITY_LIMIT:
+            raise _too_many(purpose, len(others))
+
     def _require_new(self, authority: Authority, purpose: Purpose, stored: Sequence[_Found]) -> None:
         certificate = certificates.load(authority.certificate_der)
         # In each form that it can be given without any key: else removing one would leave its twin.
@@ -269,16 +312,16 @@ class CertificateStore:
                     remedy="nothing needs to be done",
                 )
         key = certificates.public_key_der(certificate)
-        (other,) = _FOLDERS.keys() - {purpose}
-        for each in self._find(other, limited=False):
-            if isinstance(each.content, TrustRefusal) or certificates.public_key_der(each.content) != key:
-                continue
-            raise TrustRefusal(
-                "authority-other-purpose",
-                f"this CA's key is an anchor for the purpose {other.value} already",
-                evidence=certificates.describe(each.content),
-                remedy="use a CA of its own for each purpose: register sub CAs instead of their root",
-            )
+        for other in _FOLDERS:
+            for each in self._find(other, limited=False) if other is not purpose else ():
+                if isinstance(each.content, TrustRefusal) or certificates.public_key_der(each.content) != key:
+                    continue
+                raise TrustRefusal(
+                    "authority-other-purpose",
+                    f"this CA's key is an anchor for the purpose {other.value} already",
+                    evidence=certificates.describe(each.content),
+                    remedy="use a CA of its own for each purpose: register sub CAs instead of their root",
+                )
 
     def _find(self, purpose: Purpose, *, limited: bool = True) -> list[_Found]:
         """Read the files of one purpose; "too-many-authorities" if `limited` and there are too many."""

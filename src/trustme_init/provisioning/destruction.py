@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ways to lose data on purpose: `wipe` (a user's) and `destroy` (the device itself).
 
-Destroying begins with a tombstone on the data volume. Whatever the power does afterwards, the device never
-runs again with half of its keys: a boot that finds the tombstone finishes the work and stops.
+Each begins with a note on the data volume, and from then on is done: a boot that finds the note finishes the
+work. Destroying begins with the tombstone, which stays: whatever the power does afterwards, the device never
+runs again with half of its keys. What it says, nobody can write who cannot unseal the TPM's authorisations:
+else a file on the disk would be enough to have the TPM cleared, and a cleared TPM can be provisioned.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trustme_init.errors import DeviceRefusal, StorageRefusal
-from trustme_init.linux.files import write_atomic
-from trustme_init.provisioning.layout import Layout, sync_directory
+from trustme_init.provisioning.layout import Layout, save, sync_directory
 from trustme_init.tpm import ownership
 from trustme_init.tpm.connection import open_tpm
 from trustme_init.tpm.properties import permanent
@@ -27,14 +30,29 @@ USER_DATA: Final = (
     *("files_shared", "shared", "os_update_bak"),
 )
 """What belongs to containers, by the names of the interop layout (section 2.5)."""
+_TOMBSTONE_LIMIT: Final = 256
 
 
 def wipe(layout: Layout) -> tuple[str, ...]:
-    """Remove what containers left, durably, and return its names; identity, anchors and the token stay."""
-    removed = tuple(name for name in USER_DATA if (layout.home / name).exists())
-    for name in removed:
-        _remove(layout.home / name)
-    return removed
+    """Remove what containers left, durably, and return its names; identity, anchors and the token stay.
+
+    StorageRefusal: "disk-not-writable".
+    """
+    present = tuple(name for name in USER_DATA if (layout.home / name).exists())
+    if present:
+        save(layout.wiping, b"")
+        finish_wiping(layout)
+    return present
+
+
+def finish_wiping(layout: Layout) -> None:
+    """Finish what `wipe` began, if it did; StorageRefusal("disk-not-writable")."""
+    if not layout.wiping.exists():
+        return
+    for name in USER_DATA:
+        if (layout.home / name).exists():
+            _remove(layout.home / name)
+    _remove(layout.wiping)
 
 
 def destroy(layout: Layout, tcti: str | None) -> None:
@@ -45,23 +63,50 @@ def destroy(layout: Layout, tcti: str | None) -> None:
         StorageRefusal: "disk-not-writable".
     """
     if tcti is None:
-        write_atomic(layout.tombstone, b"", 0o600)
+        save(layout.tombstone, b"")
     else:
         with open_tpm(tcti) as tpm:
             # Asked before the tombstone: where the TPM cannot be cleared, nothing is to happen at all.
             lockout = _lockout(tpm, layout)
-            write_atomic(layout.tombstone, b"", 0o600)
+            save(layout.tombstone, tombstone_text(lockout))
             ownership.clear(tpm, lockout)
     _remove_all(layout)
 
 
 def finish(layout: Layout, tcti: str | None) -> None:
-    """Finish what a power cut came into; the tombstone is there. What cannot be done any more is left."""
+    """Finish what a power cut came into; the tombstone is there. What cannot be done any more is left.
+
+    Raises:
+        StorageRefusal: "tombstone-forged", and nothing is changed; "disk-not-writable".
+    """
     if tcti is not None:
         # What fails here cannot be mended here, and the keys on the disk are to go all the same.
         with suppress(DeviceRefusal), open_tpm(tcti) as tpm:
-            ownership.clear(tpm, _lockout(tpm, layout))
+            lockout = _lockout(tpm, layout)
+            if lockout:
+                _require_ours(layout, lockout)
+            ownership.clear(tpm, lockout)
     _remove_all(layout)
+
+
+def tombstone_text(lockout: bytes) -> bytes:
+    """Return what a tombstone says: that its writer has the TPM's lockout authorisation, which it hides."""
+    return hashlib.sha256(b"trustme destroyed " + lockout).hexdigest().encode() + b"\n"
+
+
+def _require_ours(layout: Layout, lockout: bytes) -> None:
+    try:
+        with layout.tombstone.open("rb") as file:
+            found = file.read(_TOMBSTONE_LIMIT)
+    except OSError:
+        found = b""
+    if not hmac.compare_digest(found, tombstone_text(lockout)):
+        raise StorageRefusal(
+            "tombstone-forged",
+            "a file says that this device was destroyed on command, and this device did not write it",
+            evidence=str(layout.tombstone),
+            remedy="somebody has written to the disk: put it back as it was, or remove that file",
+        )
 
 
 def _lockout(tpm: ESAPI, layout: Layout) -> bytes:

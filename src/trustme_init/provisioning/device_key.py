@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from trustme_init.errors import StorageRefusal
-from trustme_init.linux.files import write_atomic
+from trustme_init.provisioning.layout import save
 from trustme_init.tpm import device_key as tpm_device_key
 from trustme_init.tpm import endorsement, nv_marker, ownership, storage_key
 from trustme_init.tpm.connection import open_tpm
@@ -174,7 +174,7 @@ class SoftwareDeviceKey:
         if not self.path.exists():
             key = ec.generate_private_key(ec.SECP256R1())
             pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            write_atomic(self.path, pem, 0o600)
+            save(self.path, pem)
 
     def exists(self) -> bool:
         """Return whether the file is there."""
@@ -254,7 +254,7 @@ def _write_blobs(path: Path, blobs: KeyBlobs) -> None:
         "public": base64.b64encode(blobs.public).decode(),
         "private": base64.b64encode(blobs.private).decode(),
     }
-    write_atomic(path, json.dumps(document).encode(), 0o600)
+    save(path, json.dumps(document).encode())
 
 
 def _read_blobs(path: Path) -> KeyBlobs:

@@ -10,7 +10,7 @@ from typing import Final
 from uuid import UUID
 
 from trustme_init.errors import StorageRefusal
-from trustme_init.linux.files import write_atomic
+from trustme_init.provisioning.layout import save
 
 _LIMIT: Final = 256
 _TEXT: Final = re.compile(
@@ -34,12 +34,15 @@ def load(path: Path) -> UUID | None:
 
 
 def load_or_create(path: Path) -> UUID:
-    """Return the UUID; make one durably first where there is none."""
+    """Return the UUID; make one durably first where there is none.
+
+    StorageRefusal: "device-id-damaged", "disk-not-writable".
+    """
     known = load(path)
     if known is not None:
         return known
     made = uuid.uuid4()
-    write_atomic(path, f'uuid: "{made}"\n'.encode(), 0o600)
+    save(path, f'uuid: "{made}"\n'.encode())
     return made
 
 

@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from trustme_init.errors import StorageRefusal
+from trustme_init.linux.files import write_atomic
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -36,6 +39,11 @@ class Layout:
         return self.home / "destroyed"
 
     @property
+    def wiping(self) -> Path:
+        """Says that what containers left is being removed."""
+        return self.home / "wiping"
+
+    @property
     def record(self) -> Path:
         """What was in place at completion; the TPM knows its digest."""
         return self.home / "provisioning.json"
@@ -61,11 +69,36 @@ class Layout:
         return self.home / "tpm"
 
     def make(self) -> None:
-        """Make the directories, 0700, durably. Those that exist are left as they are."""
+        """Make the directories, 0700, durably. Those that exist are left as they are.
+
+        StorageRefusal: "disk-not-writable".
+        """
         for directory in (self.home, self.tokens, self.tpm):
-            if not directory.is_dir():
+            if directory.is_dir():
+                continue
+            try:
                 directory.mkdir(mode=0o700)
                 sync_directory(directory.parent)
+            except OSError as exc:
+                raise not_writable(directory, exc) from exc
+
+
+def save(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Make a file hold `data`, as `write_atomic`; StorageRefusal("disk-not-writable")."""
+    try:
+        write_atomic(path, data, mode)
+    except OSError as exc:
+        raise not_writable(path, exc) from exc
+
+
+def not_writable(path: Path, error: OSError) -> StorageRefusal:
+    """Return the refusal of what cannot be kept, because the disk is full or worse."""
+    return StorageRefusal(
+        "disk-not-writable",
+        "what was to be kept cannot be written",
+        evidence=f"{path}: {error.strerror}",
+        remedy="make room on the data volume and try again; if it stays, replace the disk",
+    )
 
 
 def sync_directory(path: Path) -> None:

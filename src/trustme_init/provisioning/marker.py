@@ -28,14 +28,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from trustme_init.errors import DeviceRefusal, StorageRefusal
-from trustme_init.linux.files import write_atomic
 from trustme_init.provisioning import identity, record, states
-from trustme_init.provisioning.layout import Layout
+from trustme_init.provisioning.layout import Layout, save
 from trustme_init.provisioning.mode import FROM_FILE, FROM_TPM, Mode, ModeFact
+
+if TYPE_CHECKING:
+    from trustme_init.tpm.marker_form import MarkerReading
 
 
 class NvState(enum.Enum):
@@ -54,6 +56,14 @@ class NvReading:
     device_uuid: UUID | None = None
     record_sha256: bytes = b""
     locked: bool = False
+
+    @classmethod
+    def of(cls, reading: MarkerReading) -> NvReading:
+        """Take over what the TPM itself says."""
+        state = NvState(reading.state.value)
+        if reading.content is None:
+            return cls(state)
+        return cls(state, reading.content.device_uuid, reading.content.record_sha256, reading.locked)
 
     @classmethod
     def from_tpm(cls, said: Mapping[str, Any]) -> NvReading:
@@ -103,8 +113,11 @@ def decide(reading: NvReading | None, data: Path) -> ModeFact:
 
 
 def set_cache(layout: Layout) -> None:
-    """Write the marker file durably; nothing but a cache where there is a TPM."""
-    write_atomic(layout.marker, b"", 0o600)
+    """Write the marker file durably; nothing but a cache where there is a TPM.
+
+    StorageRefusal: "disk-not-writable".
+    """
+    save(layout.marker, b"")
 
 
 def _from_file(*, completed: bool) -> ModeFact:

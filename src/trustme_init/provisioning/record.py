@@ -17,7 +17,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from trustme_init.errors import StorageRefusal
-from trustme_init.linux.files import write_atomic
+from trustme_init.provisioning.layout import save
 
 RECORD_VERSION: Final = 1
 RECORD_LIMIT: Final = 256 * 1024
@@ -33,7 +33,10 @@ class Record:
 
 
 def write(path: Path, device_uuid: UUID, facts: Mapping[str, Any]) -> Record:
-    """Write the record durably; `facts` are what a status or a fleet's database wants to know."""
+    """Write the record durably; `facts` are what a status or a fleet's database wants to know.
+
+    StorageRefusal: "disk-not-writable".
+    """
     document = {
         "kind": "trustme.provisioning-record",
         "version": RECORD_VERSION,
@@ -41,7 +44,7 @@ def write(path: Path, device_uuid: UUID, facts: Mapping[str, Any]) -> Record:
         **facts,
     }
     text = json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
-    write_atomic(path, text, 0o600)
+    save(path, text)
     return Record(device_uuid, hashlib.sha256(text).digest())
 
 

@@ -4,7 +4,8 @@
 Runs in the vault's process, one operation at a time. Rules:
 
 - What is allowed in which state is one table (`states`). The gate of the control interface refuses first what
-  provisioning had; this is the second lock.
+  provisioning had; this is the second lock. It asks the TPM for itself: the manager's word for the mode is
+  that of the boot, and a vault may have died, or failed in the end, after it had completed provisioning.
 - What is stored was judged before; a refused operation leaves the disk as it was.
 - A result is returned when the change is durable. Results have no secret in them.
 """
@@ -12,6 +13,7 @@ Runs in the vault's process, one operation at a time. Rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,23 +21,27 @@ from typing import Any, Final
 from cryptography import x509
 
 from trustme_init.errors import DeviceRefusal, StorageRefusal, TrustRefusal
-from trustme_init.linux.files import write_atomic
 from trustme_init.policy import Policy
 from trustme_init.provisioning import destruction, identity, marker, record, requirements, states
 from trustme_init.provisioning.arguments import Arguments, Result, octets, text
 from trustme_init.provisioning.certstore import CertificateStore
 from trustme_init.provisioning.device_key import DeviceKey, SoftwareDeviceKey, TpmDeviceKey
+from trustme_init.provisioning.history import History
 from trustme_init.provisioning.inventory import Inventory
-from trustme_init.provisioning.layout import Layout
+from trustme_init.provisioning.layout import Layout, save
+from trustme_init.provisioning.lifecycle import Lifecycle
 from trustme_init.provisioning.mode import FROM_FILE, FROM_TPM, Mode, ModeFact
+from trustme_init.provisioning.states import State
 from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStore
 from trustme_init.tpm import nv_marker, ownership
 from trustme_init.tpm.connection import open_tpm
+from trustme_init.tpm.marker_form import MarkerContent
+from trustme_init.tpm.measure import Measurement, extend_here
 from trustme_init.trust.anchors import AnchorSet, Purpose
 from trustme_init.trust.device import DeviceCertificate, verify_peer_certificate
 from trustme_init.trust.guestos import verify_guestos
 
-STORED: Final = (Purpose.GUEST, Purpose.DEVICE)
+STORED: Final = (Purpose.GUEST, Purpose.DEVICE, Purpose.LIFECYCLE)
 """The purposes that the certificate store has anchors for."""
 
 
@@ -51,6 +57,8 @@ class Surroundings:
     core_anchors: AnchorSet
     """With what `dbx` revokes."""
     mode: ModeFact
+    measurement_log: Path
+    """What this boot extended into the TPM."""
 
 
 class ProvisioningService:
@@ -61,7 +69,9 @@ class ProvisioningService:
         self._core_anchors = surroundings.core_anchors
         self._mode = surroundings.mode
         self._state = states.of_mode(surroundings.mode.mode)
+        self._stale = True
         self._tcti = surroundings.tcti
+        self._measurement_log = surroundings.measurement_log
         self._layout = Layout(surroundings.data)
         self._layout.make()
         self._store = CertificateStore(self._layout.tokens)
@@ -74,20 +84,44 @@ class ProvisioningService:
         self._inventory = Inventory(
             self._layout, self._policy, self._core_anchors, self._store, self._token, self._key
         )
+        self._lifecycle = Lifecycle(
+            self._inventory, History(self._layout.home / "lifecycle", self._tcti, self._layout.tpm)
+        )
 
     def handle(self, operation: str, arguments: Arguments) -> Result:
         """Do one operation of OPERATIONS, if the state has it; refusals as `states.after`, and its own."""
+        if self._stale:
+            self._look_again()
         state = states.after(self._state, operation)
+        if self._state is State.OPERATIONAL:
+            self._lifecycle.settle_for(operation)
+        self._stale = state is not self._state  # until it is known that it came to its end
         result = OPERATIONS[operation](self, arguments)
-        self._state = state
+        self._state, self._stale = state, False
         return result
+
+    def _look_again(self) -> None:
+        """Take over what was done for good since the mode was decided; refusals as `marker.decide`."""
+        if self._layout.tombstone.exists():
+            self._state = State.DESTROYED
+        elif self._state is State.PROVISIONING:
+            reading = None
+            if self._tcti is not None:
+                with open_tpm(self._tcti) as tpm:
+                    reading = marker.NvReading.of(nv_marker.read_marker(tpm))
+            mode = marker.decide(reading, self._layout.data)
+            if mode.mode is Mode.OPERATIONAL:
+                self._mode, self._state = mode, State.OPERATIONAL
+        self._stale = False
 
     # The device itself
 
     def prepare(self, _arguments: Arguments) -> Result:
         """Make what a device in provisioning needs: UUID, TPM keys, and in a development build the rest."""
+        destruction.finish_wiping(self._layout)
         device_uuid = identity.load_or_create(self._layout.identity)
         self._key.prepare()
+        self._lifecycle.prepare()
         if self._policy.provisions_itself:
             if self._store.device_certificate() is None:
                 self._store.set_device_certificate(self._key.self_signed(device_uuid, self._inventory.now()))
@@ -96,13 +130,17 @@ class ProvisioningService:
         return {"device_uuid": str(device_uuid)}
 
     def settle(self, _arguments: Arguments) -> Result:
-        """Finish a completion that a power cut came into: lock the marker, write its cache."""
+        """Finish a completion that a power cut came into: lock the marker, write its cache.
+
+        Refusals as `Lifecycle.check`, for nobody else may ask for what would show them.
+        """
         if self._mode.mode is Mode.OPERATIONAL:
             if not self._mode.locked and self._tcti is not None:
                 with open_tpm(self._tcti) as tpm:
                     nv_marker.ensure_locked(tpm, ownership.authorisations(tpm, self._layout.tpm).owner)
             if not self._layout.marker.exists():
                 marker.set_cache(self._layout)
+            self._lifecycle.check()
         return {}
 
     def status(self, _arguments: Arguments) -> Result:
@@ -130,7 +168,8 @@ class ProvisioningService:
     def complete(self, _arguments: Arguments) -> Result:
         """Complete provisioning, for good. ControlRefusal("provisioning-incomplete") says what is missing.
 
-        The record first, then the TPM's marker (the point of no return), its lock, and the file for people.
+        The record first; then it is measured, for what runs on in this boot was not measured as operational;
+        then the TPM's marker (the point of no return), its lock, and the file for people.
         """
         requirements.require_all(self._inventory.checklist())
         device_uuid = identity.load(self._layout.identity)
@@ -140,16 +179,20 @@ class ProvisioningService:
                 "the device has no UUID yet",
                 remedy="wait until the first boot has prepared the device",
             )
+        self._lifecycle.prepare()
         written = record.write(self._layout.record, device_uuid, self._record_facts())
         if self._tcti is None:
             marker.set_cache(self._layout)
             source = FROM_FILE
         else:
-            content = nv_marker.MarkerContent(device_uuid, written.sha256)
+            content = MarkerContent(device_uuid, written.sha256)
             with open_tpm(self._tcti) as tpm:
                 owner = ownership.authorisations(tpm, self._layout.tpm).owner
+                event = Measurement("completion", f"device {device_uuid}; record {written.sha256.hex()}")
+                extend_here(tpm, event, self._measurement_log)
                 nv_marker.complete_marker(tpm, owner, content)
-            marker.set_cache(self._layout)
+            with suppress(StorageRefusal):  # it is done, and the next boot writes the file
+                marker.set_cache(self._layout)
             source = FROM_TPM
         self._mode = ModeFact(Mode.OPERATIONAL, "provisioning was completed", source, written.sha256)
         return {"record_sha256": written.sha256.hex(), "source": source}
@@ -158,15 +201,16 @@ class ProvisioningService:
 
     def csr(self, _arguments: Arguments) -> Result:
         """Return the request for the device key's certificate, the same at every call, and the TPM's word."""
-        self.prepare({})
+        if not self._key.exists():
+            self.prepare({})
         device_uuid = identity.load_or_create(self._layout.identity)
-        pem = self._inventory.request(device_uuid)
-        if pem is None:
-            pem = self._key.request(device_uuid)
-            write_atomic(self._layout.device_csr, pem, 0o644)
+        kept = self._inventory.request(device_uuid)
+        pem = kept if kept is not None else self._key.request(device_uuid)
         certification = self._key.certification(pem)
         if certification:
-            write_atomic(self._layout.certification, certification, 0o644)
+            save(self._layout.certification, certification, 0o644)
+        if kept is None:
+            save(self._layout.device_csr, pem, 0o644)
         return {"csr": pem.decode(), "certification": certification.decode()}
 
     def push_certificate(self, arguments: Arguments) -> Result:
@@ -218,7 +262,7 @@ class ProvisioningService:
     # Certificate store
 
     def add_authority(self, arguments: Arguments) -> Result:
-        """Add an anchor for GuestOSes or for device certificates; or set the one local CA."""
+        """Add an anchor for GuestOSes, device certificates or statements; or set the one local CA."""
         pem = octets(arguments, "certificate")
         if text(arguments, "purpose") == "local":
             entry = self._store.set_local(
@@ -311,6 +355,16 @@ class ProvisioningService:
         self._token.remove()
         return self.token_status({})
 
+    # Keys and anchors in operation
+
+    def apply_statement(self, arguments: Arguments) -> Result:
+        """Obey a signed statement about keys, anchors or token."""
+        return self._lifecycle.apply(arguments)
+
+    def lifecycle_status(self, _arguments: Arguments) -> Result:
+        """Return how many statements were obeyed, and what the next one needs to know."""
+        return self._lifecycle.status(in_operation=self._state is State.OPERATIONAL)
+
     # The end of data
 
     def wipe(self, _arguments: Arguments) -> Result:
@@ -352,6 +406,8 @@ OPERATIONS: Final[Mapping[str, Callable[[ProvisioningService, Arguments], Result
     "token-change-pin": ProvisioningService.token_change_pin,
     "token-replace": ProvisioningService.token_replace,
     "token-remove": ProvisioningService.token_remove,
+    "apply-statement": ProvisioningService.apply_statement,
+    "lifecycle-status": ProvisioningService.lifecycle_status,
     "wipe": ProvisioningService.wipe,
     "destroy": ProvisioningService.destroy,
 }

@@ -49,6 +49,8 @@ TABLE: Final[Mapping[str, Mapping[State, State]]] = {
     "token-change-pin": _ALWAYS,
     "token-replace": _FIRST,
     "token-remove": _FIRST,
+    "apply-statement": {O: O},
+    "lifecycle-status": _ALWAYS,
     "wipe": _FIRST,
     "destroy": {P: D, O: D},
 }
@@ -59,7 +61,7 @@ def after(state: State, operation: str) -> State:
 
     Raises:
         ControlRefusal: "operation-unknown", "provisioning-closed" (of provisioning, and that is over),
-            "device-destroyed".
+            "provisioning-open" (of operation, and that has not begun), "device-destroyed".
     """
     row = TABLE.get(operation)
     if row is None:
@@ -68,6 +70,13 @@ def after(state: State, operation: str) -> State:
         return row[state]
     if state is State.DESTROYED:
         raise destroyed()
+    if state is State.PROVISIONING:
+        raise ControlRefusal(
+            "provisioning-open",
+            "the device is still in provisioning; this is for when that is over",
+            evidence=operation,
+            remedy="in provisioning, change it directly (`control --help`); no statement is needed",
+        )
     raise ControlRefusal(
         "provisioning-closed",
         "provisioning was completed; this is not to be had any more",

@@ -42,6 +42,10 @@ FAMILIES: Final = (
     Family(
         "run", "run an image in a virtual machine with Secure Boot and a TPM", "trustme_tools.machine.cli"
     ),
+    Family("provision", "walk devices from first boot to operation", "trustme_tools.provision.cli"),
+    Family(
+        "lifecycle", "statements that change keys and anchors in operation", "trustme_tools.lifecycle.cli"
+    ),
     Family("inspect", "show a disk image, a boot report or a GuestOS config", "trustme_tools.inspect.cli"),
     Family("completion", "print the shell completion script", "trustme_tools.cli.completion"),
 )

@@ -131,6 +131,7 @@ def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 OURS = [
+    *("apply_statement", "lifecycle_ca_register", "lifecycle_status"),
     *("activate_credential", "ca_list", "ca_remove", "device_ca_register", "localca_register"),
     *("provisioning_status", "token_create", "token_remove", "token_replace", "token_status", "token_unlock"),
     *("verify_cert", "verify_guestos"),

@@ -18,8 +18,8 @@ BOTH_MODES = {1, 2, 3, 4, 5, 6, 20, 22, 31, 33, 34, 101, 102, 112, 115, 116, 117
 PROVISIONING_ONLY = {21, 23, 24, 25, 26, 30, 32, 40, 41, *range(104, 112), 113, 114, 118}
 NEVER = {103}
 # Ours: 42 is deprecated there and means the device's token here; from 300 on there is nothing there.
-BOTH_MODES |= {42, 300, 301, 304, 306, 310, 312}
-PROVISIONING_ONLY |= {302, 303, 305, 311, 313, 314}
+BOTH_MODES |= {42, 300, 301, 304, 306, 310, 312, 321, 322}
+PROVISIONING_ONLY |= {302, 303, 305, 311, 313, 314, 320}
 UNPRIVILEGED = {1, 20}
 
 ALL = set(Request.Command.values())
@@ -45,7 +45,7 @@ def test_t11_a_container_can_never_register_a_local_authority() -> None:
     assert not any(allows(Request.REGISTER_LOCALCA, mode, Socket.UNPRIVILEGED) for mode in Mode)
 
 
-@pytest.mark.parametrize("command", [0, -1, 7, 43, 119, 299, 307, 315, 2**31 - 1])
+@pytest.mark.parametrize("command", [0, -1, 7, 43, 119, 299, 307, 315, 323, 2**31 - 1])
 def test_unknown_numbers_are_refused(command: int) -> None:
     assert not any(allows(command, mode, socket) for mode in Mode for socket in Socket)
 

@@ -98,6 +98,8 @@ def exit_code(reply: Reply) -> int:
         return OK if reply.container_configs else FAILED
     if reply.code == Reply.DEVICE_CSR:
         return OK if reply.device_csr else FAILED
+    if reply.code == Reply.LIFECYCLE_STATUS:
+        return FAILED if reply.HasField("refusal") else OK
     return OK
 
 
@@ -292,6 +294,17 @@ def _token(reply: Reply) -> str:
     )
 
 
+def _lifecycle(reply: Reply) -> str:
+    status = reply.lifecycle
+    known = "the TPM knows them" if status.in_tpm else "only a file knows them, for there is no TPM"
+    lines = [f"Statements obeyed: {status.applied}, the last with serial {status.last_serial}; {known}."]
+    if status.next_key_sha256:
+        lines.append(f"The next device key waits for its certificate: {visible(status.next_key_sha256)}")
+    if reply.HasField("refusal"):
+        lines += ["No statement is obeyed, and nothing is done with keys, anchors or token:", refusal(reply)]
+    return "\n".join(lines)
+
+
 def _activated(_reply: Reply) -> str:
     return "The TPM answered the challenge."
 
@@ -319,6 +332,7 @@ _READERS: Final = {
     Reply.CERTIFICATE_INFO: _certificate,
     Reply.TOKEN_STATUS: _token,
     Reply.CREDENTIAL_ACTIVATED: _activated,
+    Reply.LIFECYCLE_STATUS: _lifecycle,
 }
 
 

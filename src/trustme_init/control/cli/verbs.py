@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from trustme_init.control.cli import lifecycle
 from trustme_init.control.cli import provisioning as provision
 from trustme_init.control.cli.logs import retrieve_logs
 from trustme_init.control.cli.session import LocalProblem, Session, ask_secrets, read_file
@@ -173,6 +174,12 @@ _IFACE: Final = (
     Argument("--persistent", "also after a restart", {"action": "store_true"}),
 )
 
+_NEXT_CSR: Final = Argument(
+    "--csr",
+    "where to put the request for the next device key's certificate, and the TPM's word beside it (FILE.tpm)",
+    {"type": Path, "metavar": "FILE"},
+)
+
 VERBS: Final = (
     Verb(
         "list",
@@ -223,6 +230,7 @@ VERBS: Final = (
         "change the PIN of the device's token, or of a container's: three lines, old, new, new again",
         _change_pin,
         (Argument("container", "name or UUID; without it, the device's token", {"nargs": "?"}),),
+        slow=True,
     ),
     Verb("allow_audio", "give a container audio", _on_container(Request.CONTAINER_ALLOWAUDIO), (CONTAINER,)),
     Verb("deny_audio", "take audio away", _on_container(Request.CONTAINER_DENYAUDIO), (CONTAINER,)),
@@ -260,49 +268,70 @@ VERBS: Final = (
         "whether the device would accept a GuestOS, and by whose word",
         provision.verify_guestos,
         (_CONFIG, _SIGNATURE, _CERTIFICATE),
+        slow=True,
     ),
     Verb(
         "provisioning_status",
         "what is in place, and what is missing before provisioning can be completed",
         _plain(Request.GET_PROVISIONING_STATUS),
+        slow=True,
     ),
     Verb(
         "ca_register",
         "register a certificate authority for GuestOSes",
         provision.register(Request.REGISTER_NEWCA),
         (provision.AUTHORITY,),
+        slow=True,
     ),
     Verb(
         "localca_register",
         "register the one local authority for GuestOSes, in place of the one before",
         provision.register(Request.REGISTER_LOCALCA),
         (provision.AUTHORITY,),
+        slow=True,
     ),
     Verb(
         "device_ca_register",
         "register a certificate authority for device certificates",
         provision.register(Request.REGISTER_DEVICE_CA),
         (provision.AUTHORITY,),
+        slow=True,
     ),
-    Verb("ca_list", "registered certificate authorities", _plain(Request.LIST_AUTHORITIES)),
+    Verb(
+        "lifecycle_ca_register",
+        "register a certificate authority for who may sign statements in operation",
+        provision.register(Request.REGISTER_LIFECYCLE_CA),
+        (provision.AUTHORITY,),
+        slow=True,
+    ),
+    Verb("ca_list", "registered certificate authorities", _plain(Request.LIST_AUTHORITIES), slow=True),
     Verb(
         "ca_remove",
         "remove a certificate authority",
         provision.remove_authority,
         (Argument("sha256", "its SHA-256, or at least the first 8 digits of it"),),
+        slow=True,
     ),
     Verb(
         "pull_csr",
         "fetch the device's certificate signing request, and the TPM's word for its key beside it (FILE.tpm)",
         provision.pull_csr,
         (Argument("file", "where to put it", {"type": Path}),),
+        slow=True,
     ),
-    Verb("push_cert", "install the device's certificate", provision.push_certificate, (_CERTIFICATE,)),
+    Verb(
+        "push_cert",
+        "install the device's certificate",
+        provision.push_certificate,
+        (_CERTIFICATE,),
+        slow=True,
+    ),
     Verb(
         "verify_cert",
         "whether another party's certificate is good by the device authorities",
         provision.verify_certificate,
         (_CERTIFICATE,),
+        slow=True,
     ),
     Verb(
         "activate_credential",
@@ -313,42 +342,72 @@ VERBS: Final = (
             Argument("secret", "TPM2B_ENCRYPTED_SECRET of the challenge", {"type": Path}),
             Argument("file", "where to put the answer", {"type": Path}),
         ),
+        slow=True,
     ),
     Verb(
         "token_status",
         "the device's token, and the tries its PIN has left",
         _plain(Request.GET_TOKEN_STATUS),
+        slow=True,
     ),
-    Verb("token_create", "make a softtoken: two lines, PIN, PIN again", provision.create_token),
-    Verb("token_unlock", "whether a PIN opens the token: one line, PIN", provision.unlock_token),
+    Verb("token_create", "make a softtoken: two lines, PIN, PIN again", provision.create_token, slow=True),
+    Verb("token_unlock", "whether a PIN opens the token: one line, PIN", provision.unlock_token, slow=True),
     Verb(
         "token_replace",
         "put your own PKCS#12 file in the place of the token: one line, its password",
         provision.replace_token,
         (Argument("file", "the PKCS#12 file", {"type": Path}),),
+        slow=True,
     ),
     Verb(
         "token_remove",
         "remove the device's token",
         _plain(Request.REMOVE_TOKEN),
         destroys="the token's key, and whatever it had wrapped",
+        slow=True,
+    ),
+    Verb(
+        "apply_statement",
+        "change keys, anchors or token of a device in operation, by a signed statement",
+        lifecycle.apply_statement,
+        (
+            Argument("statement", "the statement, JSON (`trustme lifecycle create`)", {"type": Path}),
+            _SIGNATURE,
+            _CERTIFICATE,
+            Argument(
+                "--token",
+                "the PKCS#12 file of replace-token; one line on standard input, its password",
+                {"type": Path, "metavar": "FILE"},
+            ),
+            _NEXT_CSR,
+        ),
+        slow=True,
+    ),
+    Verb(
+        "lifecycle_status",
+        "the statements that the device obeyed, and the request for its next key",
+        lifecycle.status,
+        (_NEXT_CSR,),
+        slow=True,
     ),
     Verb("get_provisioned", "whether provisioning was completed", _plain(Request.GET_PROVISIONED)),
-    Verb("set_provisioned", "complete provisioning, for good", _plain(Request.SET_PROVISIONED)),
+    Verb("set_provisioned", "complete provisioning, for good", _plain(Request.SET_PROVISIONED), slow=True),
     Verb("device_stats", "disk and memory figures", _plain(Request.GET_DEVICE_STATS)),
     Verb("reload", "read the containers' configurations again", _plain(Request.RELOAD_CONTAINERS)),
-    Verb("reboot", "reboot the device", _plain(Request.REBOOT_DEVICE)),
+    Verb("reboot", "reboot the device", _plain(Request.REBOOT_DEVICE), slow=True),
     Verb(
         "wipe_device",
         "remove all containers' data",
         _plain(Request.WIPE_DEVICE),
         destroys="all containers' data",
+        slow=True,
     ),
     Verb(
         "destroy_system",
         "make everything on the device unreadable",
         _plain(Request.DESTROY_SYSTEM),
         destroys="everything on the device",
+        slow=True,
     ),
     Verb(
         "retrieve_logs",

@@ -11,6 +11,7 @@ from trustme_init.control.handlers.reply import Context, Handler, Replies, respo
 from trustme_init.proto.control_pb2 import (
     DEVICE_ANCHOR,
     GUEST_ANCHOR,
+    LIFECYCLE_ANCHOR,
     Authority,
     CertificateInfo,
     DaemonToController,
@@ -19,7 +20,7 @@ from trustme_init.proto.control_pb2 import (
 )
 
 Code = DaemonToController
-_PURPOSES = {"guest": GUEST_ANCHOR, "device": DEVICE_ANCHOR}
+_PURPOSES = {"guest": GUEST_ANCHOR, "device": DEVICE_ANCHOR, "lifecycle": LIFECYCLE_ANCHOR}
 
 
 def status(context: Context) -> Replies:
@@ -79,7 +80,7 @@ def push_certificate(context: Context) -> Replies:
 
 
 def register(purpose: str) -> Handler:
-    """Return the handler that registers an authority: "guest", "device", or "local"."""
+    """Return the handler that registers an authority: "guest", "device", "lifecycle", or "local"."""
 
     def handler(context: Context) -> Replies:
         certificate = context.request.guestos_rootcert or context.request.certificate
