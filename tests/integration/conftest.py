@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.integration import sandbox
+from tests.unit.tokens.conftest import few_rounds  # noqa: F401 - a fixture, for the tests of tokens here
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.unit.trust.pki import NOW, ROOT, issue
-from trustme_init.errors import StorageRefusal
+from trustme_init.errors import StorageRefusal, TrustRefusal
 from trustme_init.linux.mount import MS_RDONLY, MS_REMOUNT, mount, umount
-from trustme_init.provisioning.certstore import CertificateStore
+from trustme_init.provisioning.certstore import AUTHORITY_LIMIT, CertificateStore
 from trustme_init.trust.anchors import Purpose, Revocations
 
 pytestmark = pytest.mark.root
@@ -77,3 +78,26 @@ def test_a_volume_that_became_read_only(small: Path, change: str) -> None:
     assert caught.value.code == "certificate-store-unwritable"
     assert content(small) == before
     assert len(store.entries(Purpose.GUEST)) == 2
+
+
+def test_a_thousand_cas(tmp_path: Path) -> None:
+    store = CertificateStore(tmp_path)
+    key = ec.generate_private_key(ec.SECP256R1())
+
+    def offer(number: int, purpose: Purpose = Purpose.GUEST) -> None:
+        made = issue(ROOT.but(subject=f"CA {number}", serial=number + 1), key=key)
+        store.add(purpose, made.pem, at=NOW, revocations=NONE)
+
+    for number in range(AUTHORITY_LIMIT):
+        offer(number)
+    before = content(tmp_path)
+    for number in range(AUTHORITY_LIMIT, 1000):
+        with pytest.raises(TrustRefusal) as caught:
+            offer(number)
+        assert caught.value.code == "too-many-authorities"
+    assert content(tmp_path) == before
+    anchors = store.anchors(Purpose.GUEST, revocations=NONE, at=NOW)
+    assert len(store.entries(Purpose.GUEST)) == len(anchors.anchors) == AUTHORITY_LIMIT
+    store.add(Purpose.DEVICE, issue(ROOT.but(subject="devices")).pem, at=NOW, revocations=NONE)
+    store.remove(Purpose.GUEST, store.entries(Purpose.GUEST)[0].sha256)
+    offer(1000)

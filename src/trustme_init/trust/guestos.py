@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -195,9 +196,12 @@ def parse_config(config: bytes) -> GuestOSConfig:
 
     message = GuestOSConfig()
     try:
-        text_format.Parse(config.decode(), message)
+        with warnings.catch_warnings():
+            # The parser only warns of an escape sequence that there is none of; it is malformed all the same.
+            warnings.simplefilter("error")
+            text_format.Parse(config.decode(), message)
         complete = message.IsInitialized()
-    except (text_format.ParseError, ValueError, RecursionError) as exc:
+    except (text_format.ParseError, ValueError, RecursionError, Warning) as exc:
         raise _bad(ascii(str(exc))[1:-1]) from exc
     if not complete:
         raise _bad("a required field is missing")

@@ -197,23 +197,6 @@ def test_a_renewed_ca_beside_the_old_one(store: CertificateStore) -> None:
     assert len(anchors(store).anchors) == 2
 
 
-def test_a_thousand_cas(store: CertificateStore, place: Path) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    before: dict[str, str] = {}
-    for number in range(1000):
-        made = issue(ROOT.but(subject=f"CA {number}", serial=number + 1), key=key)
-        if number < AUTHORITY_LIMIT:
-            add(store, made)
-            before = tree(place)
-        else:
-            assert code(add, store, made) == "too-many-authorities"
-    assert tree(place) == before
-    assert len(store.entries(GUEST)) == len(anchors(store).anchors) == AUTHORITY_LIMIT
-    add(store, issue(ROOT.but(subject="devices")), DEVICE)
-    store.remove(GUEST, store.entries(GUEST)[0].sha256)
-    add(store, issue(ROOT.but(subject="one more"), key=key))
-
-
 def test_more_files_than_were_ever_taken_are_no_store(store: CertificateStore, place: Path) -> None:
     (place / "ca").mkdir()
     made = [issue(ROOT.but(serial=number + 1)) for number in range(AUTHORITY_LIMIT + 1)]

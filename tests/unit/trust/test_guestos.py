@@ -434,6 +434,14 @@ def test_mount_types_are_those_of_the_message() -> None:
     assert {kind.name: kind.value for kind in MountType} == dict(GuestOSMount.Type.items())
 
 
+def test_an_escape_sequence_that_there_is_none_of_is_refused() -> None:
+    name = 'name: "trustme-coreos"'
+    assert name in CONFIG
+    with pytest.raises(TrustRefusal) as caught:
+        parse_config(CONFIG.replace(name, 'name: "trust\\me-coreos"').encode())
+    assert caught.value.code == "bad-config"
+
+
 @given(st.binary(max_size=200))
 def test_arbitrary_signed_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(Refusal):
