@@ -111,6 +111,15 @@ def write_atomic(path: Path, data: bytes, mode: int) -> None:
         os.close(directory)
 
 
+def sync_directory(path: Path) -> None:
+    """Make what was created, renamed or removed in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write all of `data`, however often write(2) stops short."""
     view = memoryview(data)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trustme_init.errors import DeviceRefusal, StorageRefusal
-from trustme_init.provisioning.layout import Layout, save, sync_directory
+from trustme_init.linux.files import sync_directory
+from trustme_init.provisioning.layout import Layout, save
 from trustme_init.tpm import ownership
 from trustme_init.tpm.connection import open_tpm
 from trustme_init.tpm.properties import permanent

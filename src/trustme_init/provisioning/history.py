@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from trustme_init.errors import StorageRefusal, TrustRefusal
-from trustme_init.linux.files import openat2, read_limited
-from trustme_init.provisioning.layout import not_writable, remove_durably, save, sync_directory
+from trustme_init.linux.files import openat2, read_limited, sync_directory
+from trustme_init.provisioning.layout import not_writable, remove_durably, save
 from trustme_init.tpm import nv_history, ownership
 from trustme_init.tpm.connection import open_tpm
 from trustme_init.trust.statement import SERIAL_LIMIT, SignedStatement, Statement, parse_statement

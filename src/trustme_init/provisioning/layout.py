@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from trustme_init.errors import StorageRefusal
-from trustme_init.linux.files import write_atomic
+from trustme_init.linux.files import sync_directory, write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +98,6 @@ def not_writable(path: Path, error: OSError) -> StorageRefusal:
         evidence=f"{path}: {error.strerror}",
         remedy="make room on the data volume and try again; if it stays, replace the disk",
     )
-
-
-def sync_directory(path: Path) -> None:
-    """Make what was created, renamed or removed in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove_durably(path: Path) -> None:

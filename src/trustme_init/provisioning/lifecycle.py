@@ -27,12 +27,13 @@ from uuid import UUID
 from cryptography import x509
 
 from trustme_init.errors import DeviceRefusal, Refusal, StorageRefusal, TokenRefusal, TrustRefusal
+from trustme_init.linux.files import sync_directory
 from trustme_init.provisioning import identity
 from trustme_init.provisioning.arguments import Arguments, Result, octets, text
 from trustme_init.provisioning.device_key import DeviceKey, SoftwareDeviceKey, TpmDeviceKey
 from trustme_init.provisioning.history import ENTRY_LIMIT, Entry, History
 from trustme_init.provisioning.inventory import Inventory, read_file
-from trustme_init.provisioning.layout import Layout, not_writable, save, sync_directory
+from trustme_init.provisioning.layout import Layout, not_writable, save
 from trustme_init.trust.anchors import AnchorSet, Purpose, anchor_set
 from trustme_init.trust.certificate import public_key_der
 from trustme_init.trust.device import verify_device_certificate

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from trustme_init.errors import TokenRefusal
-from trustme_init.linux.files import openat2, read_limited, write_atomic
+from trustme_init.linux.files import openat2, read_limited, sync_directory, write_atomic
 from trustme_init.tokens import softtoken
 from trustme_init.tokens.attempts import Attempts, not_stored
 from trustme_init.tokens.softtoken import Token
@@ -204,7 +204,7 @@ class TokenStore:
                 if make and not self._directory.is_dir():
                     self._directory.mkdir()
                     self._directory.chmod(_DIRECTORY_MODE)  # whatever the umask
-                    _sync(self._directory.parent)
+                    sync_directory(self._directory.parent)
                 held.enter_context(self._attempts.exclusive())
             except FileNotFoundError as exc:
                 raise not_stored(self._directory, exc) if make else _missing() from exc
@@ -288,21 +288,13 @@ class TokenStore:
         try:
             path.unlink(missing_ok=True)
             path.with_name(f".{path.name}.new").unlink(missing_ok=True)
-            _sync(path.parent)
+            sync_directory(path.parent)
         except OSError as exc:
             raise not_stored(path, exc) from exc
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _missing() -> TokenRefusal:

@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trustme_tools.cli.options import add_passphrase, moment, read_passphrase
+from trustme_tools.cli.options import add_passphrase, moment
 from trustme_tools.cli.verbs import Result, add_family, add_verb, progress
 
 if TYPE_CHECKING:
     from trustme_tools.cli.verbs import Subparsers
-    from trustme_tools.guestos.signing import Signer
 
 
 def register(subparsers: Subparsers) -> None:
@@ -122,26 +121,8 @@ def _add_signer(parser: argparse.ArgumentParser) -> None:
     add_passphrase(parser)
 
 
-def _signer(args: argparse.Namespace) -> Signer:
-    from trustme_tools.errors import UsageError
-    from trustme_tools.guestos import signing
-    from trustme_tools.pki.directory import PkiDirectory
-
-    match args.pki, args.key, args.sign_command, args.cert:
-        case Path(), None, None, None:
-            return signing.pki_signer(PkiDirectory(args.pki), args.signer, read_passphrase(args))
-        case None, Path(), None, Path():
-            return signing.key_signer(args.key, args.cert, read_passphrase(args))
-        case None, None, str(), Path():
-            return signing.command_signer(args.sign_command, args.cert)
-    raise UsageError(
-        "who signs is not clear",
-        "give --pki DIR, or --key FILE --cert FILE, or --sign-command COMMAND --cert FILE",
-        code="no-signer",
-    )
-
-
 def _build(args: argparse.Namespace) -> Result:
+    from trustme_tools.cli.signer import chosen_signer
     from trustme_tools.errors import UsageError
     from trustme_tools.guestos.build import build_guestos
     from trustme_tools.guestos.recipe import load
@@ -156,7 +137,7 @@ def _build(args: argparse.Namespace) -> Result:
         load(args.recipe),
         args.root,
         args.out,
-        signer=_signer(args),
+        signer=chosen_signer(args),
         version=args.version,
         sources=sources,
         force=args.force,
@@ -175,9 +156,10 @@ def _build(args: argparse.Namespace) -> Result:
 
 
 def _sign(args: argparse.Namespace) -> Result:
+    from trustme_tools.cli.signer import chosen_signer
     from trustme_tools.guestos.build import sign_config
 
-    signer = _signer(args)
+    signer = chosen_signer(args)
     sign_config(args.config, signer)
     subject = signer.chain[0].subject.rfc4514_string()
     return Result({"config": args.config, "signer": subject}, f"{args.config} signed by {subject}")

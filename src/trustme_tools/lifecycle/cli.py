@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from trustme_tools.cli.options import add_passphrase, moment, read_passphrase
+from trustme_tools.cli.options import add_passphrase, moment
 from trustme_tools.cli.verbs import Result, add_family, add_verb
 
 if TYPE_CHECKING:
     from trustme_tools.cli.verbs import Subparsers
-    from trustme_tools.guestos.signing import Signer
 
 _ACTIONS: Final = {
     "replace-authority": ("purpose", "old", "certificate"),
@@ -188,9 +187,10 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sign(args: argparse.Namespace) -> Result:
+    from trustme_tools.cli.signer import chosen_signer
     from trustme_tools.lifecycle import statements
 
-    signer = _signer(args)
+    signer = chosen_signer(args)
     statement = statements.sign(args.statement, signer)
     subject = signer.chain[0].subject.rfc4514_string()
     facts = statements.describe(statement)
@@ -202,25 +202,6 @@ def _sign(args: argparse.Namespace) -> Result:
         **facts,
     }
     return Result(data, f"{args.statement} signed by {subject}\n{statements.as_text(facts)}")
-
-
-def _signer(args: argparse.Namespace) -> Signer:
-    from trustme_tools.errors import UsageError
-    from trustme_tools.guestos import signing
-    from trustme_tools.pki.directory import PkiDirectory
-
-    match args.pki, args.key, args.sign_command, args.cert:
-        case Path(), None, None, None:
-            return signing.pki_signer(PkiDirectory(args.pki), args.signer, read_passphrase(args))
-        case None, Path(), None, Path():
-            return signing.key_signer(args.key, args.cert, read_passphrase(args))
-        case None, None, str(), Path():
-            return signing.command_signer(args.sign_command, args.cert)
-    raise UsageError(
-        "who signs is not clear",
-        "give --pki DIR, or --key FILE --cert FILE, or --sign-command COMMAND --cert FILE",
-        code="no-signer",
-    )
 
 
 def _show(args: argparse.Namespace) -> Result:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from cryptography import x509
 
     from trustme_tools.cli.verbs import Subparsers
-    from trustme_tools.guestos.signing import Signer
     from trustme_tools.pki.directory import PkiDirectory
     from trustme_tools.pki.request import DeviceRequest
     from trustme_tools.pki.tpm_certification import Checked
@@ -216,6 +215,7 @@ def _facts(certificate: x509.Certificate) -> dict[str, Any]:
 
 
 def _sign_device(args: argparse.Namespace) -> Result:
+    from trustme_tools.cli.signer import chosen_signer
     from trustme_tools.pki.device import sign_device
     from trustme_tools.pki.request import REQUEST_LIMIT, read_request
     from trustme_tools.publish import refuse_existing, write_atomic
@@ -227,7 +227,7 @@ def _sign_device(args: argparse.Namespace) -> Result:
     checked = _certification(args, request, now)
     issued = sign_device(
         request,
-        _device_ca(args),
+        chosen_signer(args),
         certification=checked,
         allow_software_key=args.allow_software_key,
         days=args.days,
@@ -257,25 +257,6 @@ def _certification(args: argparse.Namespace, request: DeviceRequest, now: dateti
     data = _bytes(path, tpm_certification.DOCUMENT_LIMIT)
     cas = [certificate for name in args.ek_ca for certificate in load_chain(name)]
     return tpm_certification.check(tpm_certification.read_certification(data), request, ek_cas=cas, at=now)
-
-
-def _device_ca(args: argparse.Namespace) -> Signer:
-    from trustme_tools.errors import UsageError
-    from trustme_tools.guestos import signing
-    from trustme_tools.pki.directory import PkiDirectory
-
-    match args.pki, args.key, args.sign_command, args.cert:
-        case Path(), None, None, None:
-            return signing.pki_signer(PkiDirectory(args.pki), args.signer, read_passphrase(args))
-        case None, Path(), None, Path():
-            return signing.key_signer(args.key, args.cert, read_passphrase(args))
-        case None, None, str(), Path():
-            return signing.command_signer(args.sign_command, args.cert)
-    raise UsageError(
-        "which device CA signs is not clear",
-        "give --pki DIR, or --key FILE --cert FILE, or --sign-command COMMAND --cert FILE",
-        code="no-signer",
-    )
 
 
 def _bytes(path: Path, limit: int) -> bytes:
