@@ -20,9 +20,9 @@ from tests.integration.software_tpm import SoftwareTpm
 from tests.integration.tpm_interposer import Interposer, code_of
 from trustme_init import policy as policies
 from trustme_init.linux.mount import MNT_DETACH, mount, umount
-from trustme_init.provisioning.marker import NvReading
 from trustme_init.provisioning.mode import FROM_TPM, Mode, ModeFact
 from trustme_init.provisioning.service import ProvisioningService, Surroundings
+from trustme_init.tpm.marker_form import MarkerReading
 from trustme_init.tpm.measure import Measurer
 from trustme_init.trust.anchors import Purpose, Revocations, anchor_set
 from trustme_tools.guestos.signing import pki_signer
@@ -148,9 +148,9 @@ def _surroundings(data: Path, tcti: str, pki: PkiDirectory) -> Surroundings:
     )
 
 
-def _read_marker(tcti: str) -> NvReading:
+def _read_marker(tcti: str) -> MarkerReading:
     with Measurer(tcti) as measurer:
-        return NvReading.from_tpm(measurer.marker())
+        return measurer.marker()
 
 
 def _issue(pki: PkiDirectory, answer: dict[str, Any]) -> bytes:

@@ -33,11 +33,11 @@ from trustme_init.machine import Machine
 from trustme_init.policy import Policy
 from trustme_init.provisioning.destruction import USER_DATA
 from trustme_init.provisioning.layout import Layout
-from trustme_init.provisioning.marker import NvReading
 from trustme_init.provisioning.mode import Mode, ModeFact
 from trustme_init.provisioning.service import ProvisioningService, Surroundings
 from trustme_init.tokens import softtoken
 from trustme_init.tpm.connection import open_tpm
+from trustme_init.tpm.marker_form import MarkerReading
 from trustme_init.tpm.nv_marker import read_marker
 from trustme_init.tpm.properties import permanent
 from trustme_init.trust.anchors import Purpose
@@ -172,10 +172,10 @@ class Rig:
         assert self._service is not None, "not booted"
         return self._service
 
-    def reading(self) -> NvReading:
+    def reading(self) -> MarkerReading:
         """Ask the TPM for the marker, as the boot's first child does."""
         with open_tpm(self.tcti) as tpm:
-            return NvReading.of(read_marker(tpm))
+            return read_marker(tpm)
 
     def start(self) -> ModeFact:
         """Boot as far as the vault; refusals as the stage `mode`."""
@@ -230,7 +230,7 @@ class Rig:
         return self.look()
 
     def _remains(self) -> Look:
-        left = sorted(path.name for path in self.layout.home.iterdir()) if self.layout.home.exists() else []
+        left = sorted(path.name for path in self.layout.home.iterdir()) if self.layout.home.is_dir() else []
         with open_tpm(self.tcti) as tpm:
             state = permanent(tpm)
         return {"left": left, "owned": state.owner_auth_set, "lockout": state.lockout_auth_set}

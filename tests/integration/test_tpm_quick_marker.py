@@ -158,7 +158,7 @@ def test_the_mode_is_known_before_the_library_is_loaded(tpm: SoftwareTpm) -> Non
     sys.modules["tpm2_pytss"] = None  # type: ignore[assignment]  # importing it now fails
     try:
         with Measurer(tpm.tcti) as measurer:
-            assert measurer.marker()["state"] == "absent"
+            assert measurer.marker().state is MarkerState.ABSENT
     finally:
         if kept is None:
             del sys.modules["tpm2_pytss"]

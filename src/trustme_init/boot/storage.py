@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trustme_init.provisioning.marker import NvReading, NvState, provisioned_data_missing
+from trustme_init.provisioning.marker import provisioned_data_missing
 from trustme_init.storage.volumes import PlainExt4DataVolume, StorePartition, mount_store
 
 if TYPE_CHECKING:
     from trustme_init.machine import Machine
+    from trustme_init.tpm.marker_form import MarkerReading
     from trustme_init.tpm.measure import Measurer
 
 
@@ -25,7 +26,7 @@ class StorageFact:
     store: Path
     data: Path
     data_created: bool
-    marker: NvReading | None
+    marker: MarkerReading | None
     """What the TPM says of provisioning; None on a machine without one."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,12 +42,12 @@ def open_volumes(machine: Machine, partition: StorePartition, measurer: Measurer
     mount_store(machine, partition)
     marker = read_marker(measurer)
     volume = PlainExt4DataVolume(machine)
-    if marker is not None and marker.state is NvState.COMPLETED and not volume.exists(partition.disk):
+    if marker is not None and marker.completed and not volume.exists(partition.disk):
         raise provisioned_data_missing(f"{partition.disk} has no complete data volume")
     data = volume.open_or_create(partition.disk)
     return StorageFact(machine.store, data.path, data.created, marker)
 
 
-def read_marker(measurer: Measurer | None) -> NvReading | None:
+def read_marker(measurer: Measurer | None) -> MarkerReading | None:
     """Ask the TPM for the provisioning marker; None on a machine without one."""
-    return None if measurer is None else NvReading.from_tpm(measurer.marker())
+    return None if measurer is None else measurer.marker()

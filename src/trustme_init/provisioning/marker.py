@@ -23,65 +23,17 @@ Without a TPM, which only a development policy allows, the file decides, and eve
 
 from __future__ import annotations
 
-import enum
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
-from trustme_init.errors import DeviceRefusal, StorageRefusal
+from trustme_init.errors import StorageRefusal
 from trustme_init.provisioning import identity, record, states
 from trustme_init.provisioning.layout import Layout, save
 from trustme_init.provisioning.mode import FROM_FILE, FROM_TPM, Mode, ModeFact
-
-if TYPE_CHECKING:
-    from trustme_init.tpm.marker_form import MarkerReading
+from trustme_init.tpm.marker_form import MarkerContent, MarkerReading
 
 
-class NvState(enum.Enum):
-    """What the TPM says; the names are `tpm.nv_marker`'s."""
-
-    ABSENT = "absent"
-    OPEN = "open"
-    COMPLETED = "completed"
-
-
-@dataclass(frozen=True, slots=True)
-class NvReading:
-    """The NV index as it was read at this boot. UUID and digest only of a completed one."""
-
-    state: NvState
-    device_uuid: UUID | None = None
-    record_sha256: bytes = b""
-    locked: bool = False
-
-    @classmethod
-    def of(cls, reading: MarkerReading) -> NvReading:
-        """Take over what the TPM itself says."""
-        state = NvState(reading.state.value)
-        if reading.content is None:
-            return cls(state)
-        return cls(state, reading.content.device_uuid, reading.content.record_sha256, reading.locked)
-
-    @classmethod
-    def from_tpm(cls, said: Mapping[str, Any]) -> NvReading:
-        """Take over what the TPM's child says; DeviceRefusal("tpm-failed") if that makes no sense."""
-        try:
-            state = NvState(said["state"])
-            if state is not NvState.COMPLETED:
-                return cls(state)
-            return cls(
-                state, UUID(said["device_uuid"]), bytes.fromhex(said["record_sha256"]), bool(said["locked"])
-            )
-        except (KeyError, ValueError, TypeError, AttributeError) as exc:
-            raise DeviceRefusal(
-                "tpm-failed", "the TPM's provisioning marker makes no sense", evidence=type(exc).__name__
-            ) from exc
-
-
-def decide(reading: NvReading | None, data: Path) -> ModeFact:
+def decide(reading: MarkerReading | None, data: Path) -> ModeFact:
     """Return the mode, by the table above; `reading` is None on a machine without a TPM.
 
     Raises:
@@ -96,10 +48,11 @@ def decide(reading: NvReading | None, data: Path) -> ModeFact:
         raise states.destroyed()
     if reading is None:
         return _from_file(completed=cached)
-    if reading.state is NvState.COMPLETED:
-        _check_data(reading, layout)
+    content = reading.content
+    if content is not None:
+        _check_data(content, layout)
         return ModeFact(
-            Mode.OPERATIONAL, "provisioning was completed", FROM_TPM, reading.record_sha256, reading.locked
+            Mode.OPERATIONAL, "provisioning was completed", FROM_TPM, content.record_sha256, reading.locked
         )
     if cached:
         raise StorageRefusal(
@@ -150,18 +103,18 @@ def _file_says(layout: Layout) -> bool:
     return True
 
 
-def _check_data(reading: NvReading, layout: Layout) -> None:
+def _check_data(content: MarkerContent, layout: Layout) -> None:
     """Refuse a data volume that is not the one that was there at completion."""
     found = record.read(layout.record)
     device_uuid = identity.load(layout.identity)
     if found is None or device_uuid is None:
         missing = layout.record if found is None else layout.identity
         raise provisioned_data_missing(f"{missing} is not there")
-    if reading.record_sha256 != found.sha256 or {device_uuid, found.device_uuid} != {reading.device_uuid}:
+    if content.record_sha256 != found.sha256 or {device_uuid, found.device_uuid} != {content.device_uuid}:
         raise StorageRefusal(
             "provisioned-data-foreign",
             "this device was provisioned, but not with the data volume that is in it",
-            evidence=f"TPM: {reading.device_uuid}; disk: {device_uuid}, record of {found.device_uuid}",
+            evidence=f"TPM: {content.device_uuid}; disk: {device_uuid}, record of {found.device_uuid}",
             remedy="put back the disk that belongs to this device",
         )
 

@@ -108,7 +108,7 @@ class ProvisioningService:
             reading = None
             if self._tcti is not None:
                 with open_tpm(self._tcti) as tpm:
-                    reading = marker.NvReading.of(nv_marker.read_marker(tpm))
+                    reading = nv_marker.read_marker(tpm)
             mode = marker.decide(reading, self._layout.data)
             if mode.mode is Mode.OPERATIONAL:
                 self._mode, self._state = mode, State.OPERATIONAL

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Final, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, Self
 from uuid import UUID
 
 INDEX: Final = 0x01800000 + 0x746D
@@ -64,3 +65,26 @@ class MarkerReading(NamedTuple):
     """Present when COMPLETED."""
     locked: bool = False
     """Whether TPM2_NV_WriteLock was done; on a COMPLETED marker it is for good."""
+
+    @property
+    def completed(self) -> bool:
+        """Whether provisioning was completed, locked or not."""
+        return self.state is MarkerState.COMPLETED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON form that `from_dict` reads."""
+        content = self.content.encode().hex() if self.content is not None else None
+        return {"state": self.state.value, "content": content, "locked": self.locked}
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any]) -> Self:
+        """Read the JSON form; ValueError for anything that `as_dict` does not make."""
+        try:
+            state = MarkerState(said["state"])
+            content = MarkerContent.decode(bytes.fromhex(said["content"])) if said["content"] else None
+            locked = said["locked"]
+        except (KeyError, TypeError) as exc:
+            raise ValueError("not a reading of the marker") from exc
+        if (content is not None) != (state is MarkerState.COMPLETED) or not isinstance(locked, bool):
+            raise ValueError("a reading of the marker that cannot be")
+        return cls(state, content, locked)

@@ -33,13 +33,12 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 from trustme_init.errors import DeviceRefusal, Refusal
 from trustme_init.linux.files import write_all
 from trustme_init.tpm import quick_marker
+from trustme_init.tpm.marker_form import MarkerReading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tpm2_pytss import ESAPI
-
-    from trustme_init.tpm.marker_form import MarkerReading
 
 PCR: Final = 13
 """Firmware uses 0-7, the boot stub 11 and 12; 13 is the register for what the base system then starts."""
@@ -84,10 +83,8 @@ class Measurer:
             reply = self._ask({"event": measurement.event, "data": measurement.data}, measurement.event)
             _record(measurement, reply, log)
 
-    def marker(self) -> dict[str, Any]:
-        """Return what the NV index of the provisioning marker says, as `marker_form.MarkerReading` in JSON.
-
-        Keys: state (absent, open, completed), locked; of a completed one device_uuid and record_sha256 (hex).
+    def marker(self) -> MarkerReading:
+        """Return what the NV index of the provisioning marker says.
 
         Raises:
             DeviceRefusal: "tpm-failed", or what `nv_marker.read_marker` refuses ("marker-foreign").
@@ -95,9 +92,10 @@ class Measurer:
         reply = self._first_word()
         if reply.get("marker") is None:
             reply = self._ask({"ask": "marker"}, "its provisioning marker")
-        if not isinstance(reply.get("marker"), dict):
-            raise _failed("its provisioning marker", f"an answer without one: {sorted(reply)}")
-        return dict(reply["marker"])
+        try:
+            return MarkerReading.from_dict(reply["marker"])
+        except (KeyError, TypeError, ValueError) as exc:
+            raise _failed("its provisioning marker", f"{type(exc).__name__}: {exc}") from exc
 
     def _first_word(self) -> dict[str, Any]:
         """Return what the child says before it loads the library: the marker, where that is plain."""
@@ -236,7 +234,8 @@ def _serve(connection: socket.socket, tcti: str) -> NoReturn:
     """Serve the manager until it closes its end."""
     status = 0
     try:
-        connection.send(json.dumps({"marker": _marker(quick_marker.read(tcti))}).encode())
+        reading = quick_marker.read(tcti)
+        connection.send(json.dumps({"marker": reading.as_dict() if reading is not None else None}).encode())
         from tpm2_pytss import ESAPI
 
         with ESAPI(tcti) as esapi:
@@ -257,21 +256,9 @@ def _answer(esapi: Any, banks: dict[int, str], request: dict[str, str]) -> dict[
     from trustme_init.tpm.nv_marker import read_marker
 
     try:
-        return {"marker": _marker(read_marker(esapi))}
+        return {"marker": read_marker(esapi).as_dict()}
     except Refusal as refusal:
         return {"refusal": refusal.as_dict()}
-
-
-def _marker(reading: MarkerReading | None) -> dict[str, Any] | None:
-    if reading is None:
-        return None
-    content = reading.content
-    return {
-        "state": reading.state.value,
-        "locked": reading.locked,
-        "device_uuid": str(content.device_uuid) if content is not None else None,
-        "record_sha256": content.record_sha256.hex() if content is not None else "",
-    }
 
 
 def _active_banks(esapi: Any) -> dict[int, str]:

@@ -9,11 +9,12 @@ from uuid import UUID
 
 import pytest
 
-from trustme_init.errors import DeviceRefusal, StorageRefusal
+from trustme_init.errors import StorageRefusal
 from trustme_init.provisioning import identity, record
 from trustme_init.provisioning.layout import Layout
-from trustme_init.provisioning.marker import NvReading, NvState, decide, set_cache
+from trustme_init.provisioning.marker import decide, set_cache
 from trustme_init.provisioning.mode import FROM_FILE, FROM_TPM, Mode
+from trustme_init.tpm.marker_form import MarkerContent, MarkerReading, MarkerState
 
 OTHER = UUID("11111111-1111-4111-8111-111111111111")
 
@@ -26,24 +27,29 @@ def layout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Layout:
     return layout
 
 
-def completed(layout: Layout) -> NvReading:
+def completed(layout: Layout) -> MarkerReading:
     """Bring a disk to completion; return what its TPM then says."""
     device = identity.load_or_create(layout.identity)
     written = record.write(layout.record, device, {"token": "softtoken"})
     set_cache(layout)
-    return NvReading(NvState.COMPLETED, device, written.sha256, locked=True)
+    return MarkerReading(MarkerState.COMPLETED, MarkerContent(device, written.sha256), locked=True)
 
 
-def refusal(reading: NvReading | None, layout: Layout) -> str:
+def record_of(reading: MarkerReading) -> bytes:
+    assert reading.content is not None
+    return reading.content.record_sha256
+
+
+def refusal(reading: MarkerReading | None, layout: Layout) -> str:
     with pytest.raises(StorageRefusal) as caught:
         decide(reading, layout.data)
     assert caught.value.remedy
     return caught.value.code
 
 
-@pytest.mark.parametrize("state", [NvState.ABSENT, NvState.OPEN])
-def test_a_new_device_is_in_provisioning(layout: Layout, state: NvState) -> None:
-    fact = decide(NvReading(state), layout.data)
+@pytest.mark.parametrize("state", [MarkerState.ABSENT, MarkerState.OPEN])
+def test_a_new_device_is_in_provisioning(layout: Layout, state: MarkerState) -> None:
+    fact = decide(MarkerReading(state), layout.data)
     assert (fact.mode, fact.source) == (Mode.PROVISIONING, FROM_TPM)
 
 
@@ -77,7 +83,7 @@ def test_row31_nothing_on_the_disk_reopens_provisioning(layout: Layout) -> None:
     files = (layout.marker, layout.record, layout.identity)
     good = {path: path.read_bytes() for path in files}
     other_record = record.write(layout.home / "other.json", OTHER, {})
-    assert other_record.sha256 != reading.record_sha256
+    assert other_record.sha256 != record_of(reading)
     foreign = {
         layout.marker: b"x",
         layout.record: (layout.home / "other.json").read_bytes(),
@@ -115,24 +121,23 @@ def test_row11_another_device_s_data_is_foreign(layout: Layout) -> None:
     assert refusal(reading, layout) == "provisioned-data-foreign"
 
 
-@pytest.mark.parametrize("state", [NvState.ABSENT, NvState.OPEN])
+@pytest.mark.parametrize("state", [MarkerState.ABSENT, MarkerState.OPEN])
 def test_row31_a_disk_that_claims_completion_beside_a_tpm_that_denies_it(
-    layout: Layout, state: NvState
+    layout: Layout, state: MarkerState
 ) -> None:
     completed(layout)
-    assert refusal(NvReading(state), layout) == "marker-contradiction"
+    assert refusal(MarkerReading(state), layout) == "marker-contradiction"
 
 
 def test_a_completion_that_was_cut_before_the_tpm_is_none(layout: Layout) -> None:
     device = identity.load_or_create(layout.identity)
     record.write(layout.record, device, {})
-    assert decide(NvReading(NvState.OPEN), layout.data).mode is Mode.PROVISIONING
+    assert decide(MarkerReading(MarkerState.OPEN), layout.data).mode is Mode.PROVISIONING
 
 
 def test_a_marker_that_is_not_locked_yet_counts_and_says_so(layout: Layout) -> None:
     reading = completed(layout)
-    unlocked = NvReading(reading.state, reading.device_uuid, reading.record_sha256, locked=False)
-    fact = decide(unlocked, layout.data)
+    fact = decide(reading._replace(locked=False), layout.data)
     assert fact.mode is Mode.OPERATIONAL
     assert not fact.locked
 
@@ -166,16 +171,28 @@ def test_row31_a_dangling_link_counts_as_completed(layout: Layout) -> None:
     "said",
     [
         {},
-        {"state": "maybe"},
-        {"state": "completed"},
-        {"state": "completed", "device_uuid": None, "record_sha256": "", "locked": True},
-        {"state": "completed", "device_uuid": str(OTHER), "record_sha256": "xy", "locked": True},
+        {"state": "maybe", "content": None, "locked": False},
+        {"state": "completed", "content": None, "locked": True},
+        {"state": "completed", "content": "00" * 49, "locked": True},
+        {"state": "completed", "content": "xy", "locked": True},
+        {"state": "completed", "content": 1, "locked": True},
+        {"state": "open", "content": MarkerContent(OTHER, bytes(32)).encode().hex(), "locked": True},
+        {"state": "open", "content": None, "locked": "yes"},
     ],
 )
 def test_an_answer_of_the_tpm_that_makes_no_sense_is_refused(said: dict[str, object]) -> None:
-    with pytest.raises(DeviceRefusal) as caught:
-        NvReading.from_tpm(said)
-    assert caught.value.code == "tpm-failed"
+    with pytest.raises(ValueError):
+        MarkerReading.from_dict(said)
+
+
+def test_a_reading_survives_the_way_to_the_manager() -> None:
+    content = MarkerContent(OTHER, bytes(range(32)))
+    for reading in (
+        MarkerReading(MarkerState.ABSENT),
+        MarkerReading(MarkerState.OPEN, locked=True),
+        MarkerReading(MarkerState.COMPLETED, content, locked=True),
+    ):
+        assert MarkerReading.from_dict(reading.as_dict()) == reading
 
 
 def test_row07_two_devices_share_no_identity(tmp_path: Path) -> None:
