@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 IMAGE_DIR ?= build/image
 PYTEST_ARGS ?=
 
-.PHONY: help setup image boot test test-unit test-native test-qemu lint format proto docs bench clean
+.PHONY: help setup image boot test test-unit test-native test-qemu lint format proto docs docs-provisioning provision-demo bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -20,6 +20,9 @@ image: setup ## Build the signed reference image into build/image (cached by con
 
 boot: image ## Boot a device and attach to its core container; ONCE=1 powers off after RUNNING
 	@$(PY) -m trustme_tools run $(IMAGE_DIR) $(if $(ONCE),--once)
+
+provision-demo: image ## Boot a device, provision it, reboot it, show that the door is closed; power off
+	@$(PY) scripts/provision_demo.py $(IMAGE_DIR)
 
 test: setup ## Run all tests: unit, native boots, virtual machines
 	@$(PY) -m pytest tests --junitxml=build/junit.xml $(PYTEST_ARGS)
@@ -47,6 +50,9 @@ proto: setup ## Regenerate the protocol messages
 
 docs: setup ## Regenerate the generated parts of docs/
 	@$(PY) scripts/generate_docs.py
+
+docs-provisioning: setup ## Run the sessions of docs/provisioning.md anew (needs root)
+	@$(PY) scripts/provisioning_transcripts.py
 
 bench: setup ## Measure the boot path and the control interface; writes build/bench.json
 	@$(PY) scripts/bench.py --out build/bench.json

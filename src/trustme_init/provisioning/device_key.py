@@ -158,8 +158,9 @@ class TpmDeviceKey:
             )
 
     def endorsement_key_sha256(self, certification: bytes) -> str:
-        """Return the SHA-256 of the endorsement key's TPM2B_PUBLIC, hex."""
-        return hashlib.sha256(base64.b64decode(json.loads(certification)["ek_public"])).hexdigest()
+        """Return the SHA-256 of the endorsement key's SubjectPublicKeyInfo, hex: what signers call it by."""
+        public = base64.b64decode(json.loads(certification)["ek_public"])
+        return hashlib.sha256(tpm_device_key.spki(KeyBlobs(public, b""))).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
