@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from cryptography import x509
 
-from trustme_init.errors import DeviceRefusal, StorageRefusal, TrustRefusal
+from trustme_init.errors import DeviceRefusal, Refusal, StorageRefusal, TrustRefusal
 from trustme_init.policy import Policy
 from trustme_init.provisioning import destruction, identity, marker, record, requirements, states
 from trustme_init.provisioning.arguments import Arguments, Result, octets, text
@@ -112,6 +112,8 @@ class ProvisioningService:
             mode = marker.decide(reading, self._layout.data)
             if mode.mode is Mode.OPERATIONAL:
                 self._mode, self._state = mode, State.OPERATIONAL
+                with suppress(Refusal):  # else the next boot does it
+                    self.settle({})
         self._stale = False
 
     # The device itself
