@@ -42,7 +42,7 @@ from tests.integration.provisioning_rig import (
 )
 from tests.integration.tpm_interposer import Interposer, code_of
 from tests.unit.trust import pki
-from trustme_init.provisioning.mode import FROM_TPM, Mode, ModeFact
+from trustme_init.provisioning import marker
 from trustme_init.tpm import nv_history
 from trustme_init.tpm.connection import open_tpm
 from trustme_init.tpm.ownership import authorisations
@@ -93,7 +93,7 @@ def device_certificate(rig: Rig) -> bytes:
 
 def restart(rig: Rig) -> None:
     """Be a new vault of the same boot."""
-    rig.serve(ModeFact(Mode.OPERATIONAL, "", FROM_TPM))
+    rig.serve(marker.decide(rig.reading(), rig.data))
 
 
 # What statements do
@@ -114,6 +114,20 @@ def test_a_guestos_anchor_is_swapped(rig: Rig, by: str) -> None:
     statement = document(rig, 11, "replace-authority", **replacement(NEW_CA, known.other_guest, "guest"))
     assert rig.handle("apply-statement", signed(back, statement))["applied"] == 2
     assert anchors(rig, "guest") == [sha256(known.other_guest)]
+
+
+def test_row31_a_replaced_anchor_that_is_put_back_on_the_disk_is_not_believed(rig: Rig) -> None:
+    """What is believed comes from the record and the history, which the TPM vouches for; not from a directory."""
+    known = authorities()
+    apply(rig, "guest", 10, "replace-authority", **replacement(known.guest, NEW_CA, "guest"))
+    (rig.layout.tokens / "ca" / f"{sha256(known.guest)}.pem").write_bytes(known.guest.pem)
+    restart(rig)
+    listed = {each["sha256"]: each["source"] for each in rig.handle("authorities")["authorities"]}
+    assert listed[sha256(known.guest)].startswith("NOT REGISTERED")
+    assert not listed[sha256(NEW_CA)].startswith("NOT REGISTERED")
+    assert refused(rig, "guest", 11, "retire-authority", purpose="guest", sha256=sha256(NEW_CA)) == (
+        "untrusted-signer"
+    )
 
 
 def test_a_guestos_anchor_with_overlap_and_its_retirement(rig: Rig) -> None:

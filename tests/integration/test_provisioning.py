@@ -34,6 +34,7 @@ from trustme_init.tpm.measure import PCR
 from trustme_tools.guestos.build import STORE_DIRECTORY
 from trustme_tools.guestos.signing import pki_signer, signed
 from trustme_tools.pki import tpm_certification
+from trustme_tools.pki.create import Algorithm, create
 from trustme_tools.pki.device import sign_device
 from trustme_tools.pki.request import read_request
 
@@ -370,6 +371,36 @@ def test_a_guestos_verifies_once_its_anchor_is_there(device: Make, factory: Fact
         removed = boot.request(Request.REMOVE_AUTHORITY, authority_sha256=fingerprint[:12])
         assert removed.response == Reply.CMD_OK
         assert boot.request(Request.VERIFY_GUESTOS, **fields).refusal.code == "no-anchor"
+
+
+def test_row31_an_anchor_written_to_the_disk_of_a_completed_device_is_not_believed(
+    device: Make, factory: Factory
+) -> None:
+    config = factory.store / STORE_DIRECTORY / "trustme-coreos-10.conf"
+    stranger = create(factory.directory / "stranger", algorithm=Algorithm.P384, development=True)
+    signature, chain = signed(pki_signer(stranger, "guestos"), config.read_bytes())
+    fields = {
+        "guestos_config_file": config.read_bytes(),
+        "guestos_config_signature": signature,
+        "guestos_config_certificate": chain,
+    }
+    anchor = stranger.certificate("guestos_subca")
+    name = hashlib.sha256(anchor.public_bytes(Encoding.DER)).hexdigest()
+    target = completed_device(device, factory)
+    with target.boot() as boot:
+        boot.wait_running()
+        boot.data(f"cml/tokens/ca/{name}.pem").write_bytes(anchor.public_bytes(Encoding.PEM))
+        subprocess.run(["sync"], check=True)
+    with target.boot() as boot:
+        boot.wait_running()
+        refused = boot.request(Request.VERIFY_GUESTOS, **fields).refusal
+        assert refused.code == "untrusted-signer"
+        assert "authority-unregistered" in refused.evidence
+        listed = {each.sha256: each.source for each in boot.ask(Request.LIST_AUTHORITIES).authorities}
+        assert listed[name] == "NOT REGISTERED on this device, not used"
+        ours, chain = signed(pki_signer(factory.pki, "guestos"), config.read_bytes())
+        fields |= {"guestos_config_signature": ours, "guestos_config_certificate": chain}
+        assert boot.request(Request.VERIFY_GUESTOS, **fields).HasField("certificate"), "its own still is"
 
 
 def test_an_anchor_for_devices_vouches_for_no_software_and_the_other_way_round(

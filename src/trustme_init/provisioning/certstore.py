@@ -22,7 +22,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -132,11 +132,18 @@ class CertificateStore:
         )
 
     def anchors(
-        self, purpose: Purpose, *, revocations: Revocations, at: datetime, extra: Sequence[bytes] = ()
+        self,
+        purpose: Purpose,
+        *,
+        revocations: Revocations,
+        at: datetime,
+        extra: Sequence[bytes] = (),
+        registered: Collection[str] | None = None,
     ) -> AnchorSet:
         """Return the stored anchors for a purpose that are good at the moment `at` (aware).
 
         `extra` (DER) are further ones that the caller has from elsewhere, where the signed policy says so.
+        With `registered` a stored one counts only if its SHA-256 (hex) is in it.
 
         TrustRefusal: "no-anchor" when not one is good, and as `entries`.
         """
@@ -146,6 +153,8 @@ class CertificateStore:
             try:
                 if isinstance(each.content, TrustRefusal):
                     raise each.content
+                if registered is not None and each.sha256 not in registered:
+                    raise _unregistered(each.sha256)
                 authority = require_authority(each.content, at=at, revocations=revocations, purpose=purpose)
             except TrustRefusal as refusal:
                 excluded.append(Excluded(each.sha256, str(refusal)))
@@ -403,6 +412,15 @@ def _too_many(purpose: Purpose, count: int) -> TrustRefusal:
         f"the certificate store takes {AUTHORITY_LIMIT} CA certificates of one purpose",
         evidence=f"{count} for the purpose {purpose.value}",
         remedy="remove those that are not needed any more (`control ca_remove`)",
+    )
+
+
+def _unregistered(sha256: str) -> TrustRefusal:
+    return TrustRefusal(
+        "authority-unregistered",
+        "this CA certificate was put on the disk, and never registered on this device",
+        evidence=sha256,
+        remedy="somebody has written to the disk while the device was off: look for what else was changed",
     )
 
 

@@ -31,17 +31,27 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificate
 
 from trustme_init.errors import StorageRefusal, TrustRefusal
 from trustme_init.linux.files import openat2, read_limited, sync_directory
 from trustme_init.provisioning.layout import not_writable, remove_durably, save
 from trustme_init.tpm import nv_history, ownership
 from trustme_init.tpm.connection import open_tpm
-from trustme_init.trust.statement import SERIAL_LIMIT, SignedStatement, Statement, parse_statement
+from trustme_init.trust.statement import (
+    SERIAL_LIMIT,
+    ReplaceAuthority,
+    RetireAuthority,
+    SignedStatement,
+    Statement,
+    parse_statement,
+)
 
 ENTRY_LIMIT: Final = 4096
 """Statements in the life of a device: one every working day for sixteen years."""
@@ -58,16 +68,30 @@ class Entry:
     serial: int
     action: str
     sha256: str
+    purpose: str = ""
+    """Of the anchors that it changed, if it did."""
+    adds: str = ""
+    """SHA-256 of the anchor that is believed from then on, hex."""
+    drops: str = ""
+    """SHA-256 of the anchor that no longer is, hex."""
 
     @classmethod
     def of(cls, statement: Statement) -> Entry:
         """Return the entry of a statement."""
-        return cls(statement.serial, statement.name, statement.sha256)
+        told = (statement.serial, statement.name, statement.sha256)
+        match statement.action:
+            case ReplaceAuthority() as action:
+                drops = "" if action.overlap else action.old_sha256
+                return cls(*told, action.purpose.value, _fingerprint(action.certificate), drops)
+            case RetireAuthority() as action:
+                return cls(*told, action.purpose.value, drops=action.sha256)
+        return cls(*told)
 
     @property
     def digest(self) -> bytes:
         """What the TPM's chain is extended by; every field is in it."""
-        return sha256(f"{self.serial} {self.action} {self.sha256}".encode()).digest()
+        fields = (str(self.serial), self.action, self.sha256, self.purpose, self.adds, self.drops)
+        return sha256(" ".join(fields).encode()).digest()
 
 
 def chain(entries: Sequence[Entry]) -> bytes:
@@ -167,9 +191,7 @@ class History:
         """Write the history with a statement that has been done, and forget that it was pending."""
         document = {
             "version": _VERSION,
-            "entries": [
-                {"serial": each.serial, "action": each.action, "sha256": each.sha256} for each in entries
-            ],
+            "entries": [asdict(each) for each in entries],
         }
         save(self._history, _encoded(document))
         self.discard()
@@ -193,13 +215,19 @@ class History:
 
 
 def _is_well_formed(entry: Entry) -> bool:
+    texts = (entry.action, entry.sha256, entry.purpose, entry.adds, entry.drops)
     return (
         type(entry.serial) is int
         and 0 < entry.serial < SERIAL_LIMIT
-        and isinstance(entry.action, str)
-        and isinstance(entry.sha256, str)
+        and all(isinstance(each, str) for each in texts)
         and _SHA256.fullmatch(entry.sha256) is not None
+        and all(not each or _SHA256.fullmatch(each) for each in (entry.adds, entry.drops))
     )
+
+
+def _fingerprint(pem: bytes) -> str:
+    """Return the SHA-256 of a judged certificate, hex."""
+    return sha256(load_pem_x509_certificate(pem).public_bytes(Encoding.DER)).hexdigest()
 
 
 def _load(path: Path) -> dict[str, Any] | None:

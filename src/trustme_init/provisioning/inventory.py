@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,8 @@ class Inventory:
     store: CertificateStore
     token: TokenStore
     key: DeviceKey
+    registered: Callable[[Purpose], frozenset[str] | None] = lambda _purpose: None
+    """SHA-256 (hex) of the anchors that the TPM vouches for; None where nothing vouches for any."""
 
     def now(self) -> datetime:
         """Return the time of judgement."""
@@ -61,8 +64,17 @@ class Inventory:
             if purpose is Purpose.GUEST and self.policy.provisions_itself
             else ()
         )
-        revocations = self.core_anchors.revocations
-        return self.store.anchors(purpose, revocations=revocations, at=self.now(), extra=extra)
+        return self.stored_anchors(purpose, extra)
+
+    def stored_anchors(self, purpose: Purpose, extra: Sequence[bytes] = ()) -> AnchorSet:
+        """Return the stored anchors of a purpose, with `extra` (DER); TrustRefusal("no-anchor")."""
+        return self.store.anchors(
+            purpose,
+            revocations=self.core_anchors.revocations,
+            at=self.now(),
+            extra=extra,
+            registered=self.registered(purpose),
+        )
 
     def verify_own(self, pem: bytes, device_uuid: UUID) -> DeviceCertificate:
         """Judge a certificate for this device; refusals as `verify_device_certificate`, and "no-anchor"."""

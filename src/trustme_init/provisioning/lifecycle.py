@@ -28,7 +28,7 @@ from cryptography import x509
 
 from trustme_init.errors import DeviceRefusal, Refusal, StorageRefusal, TokenRefusal, TrustRefusal
 from trustme_init.linux.files import sync_directory
-from trustme_init.provisioning import identity
+from trustme_init.provisioning import identity, record
 from trustme_init.provisioning.arguments import Arguments, Result, octets, text
 from trustme_init.provisioning.device_key import DeviceKey, SoftwareDeviceKey, TpmDeviceKey
 from trustme_init.provisioning.history import ENTRY_LIMIT, Entry, History
@@ -167,6 +167,28 @@ class Lifecycle:
             if operation not in RESTS_ON_NOTHING:
                 raise
 
+    def registered(self, purpose: Purpose, record_sha256: bytes) -> frozenset[str]:
+        """Return the anchors (SHA-256, hex) that were registered at completion, with every change since.
+
+        Both are what the TPM vouches for: the record by the marker, the changes by the history.
+
+        StorageRefusal: "provisioned-data-foreign", "provisioning-record-damaged".
+        """
+        found = record.read(self._inventory.layout.record)
+        if found is None or found.sha256 != record_sha256:
+            raise StorageRefusal(
+                "provisioned-data-foreign",
+                "the record of this device's provisioning is not the one that the TPM knows",
+                evidence=f"{self._inventory.layout.record}",
+                remedy="put back the disk that belongs to this device",
+            )
+        known = {sha256 for its_purpose, sha256 in found.authorities if its_purpose == purpose.value}
+        for entry in self._history.entries():
+            if entry.purpose == purpose.value:
+                known -= {entry.drops}
+                known |= {entry.adds} - {""}
+        return frozenset(known)
+
     def check(self) -> None:
         """Refuse a disk that does not fit the TPM's history; refusals as `settle_for`."""
         self._settle()
@@ -252,9 +274,7 @@ class Lifecycle:
         return found
 
     def _anchors(self, purpose: Purpose) -> AnchorSet:
-        return self._inventory.store.anchors(
-            purpose, revocations=self._inventory.core_anchors.revocations, at=self._inventory.now()
-        )
+        return self._inventory.stored_anchors(purpose)
 
     def _device_uuid(self) -> UUID:
         device_uuid = identity.load(self._inventory.layout.identity)

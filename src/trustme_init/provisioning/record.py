@@ -30,6 +30,8 @@ class Record:
     device_uuid: UUID
     sha256: bytes
     """Of the file's bytes."""
+    authorities: tuple[tuple[str, str], ...] = ()
+    """Purpose and SHA-256 (hex) of each anchor that was registered."""
 
 
 def write(path: Path, device_uuid: UUID, facts: Mapping[str, Any]) -> Record:
@@ -62,9 +64,11 @@ def read(path: Path) -> Record | None:
         if document["kind"] != "trustme.provisioning-record" or document["version"] != RECORD_VERSION:
             raise ValueError("another kind or version")
         device_uuid = UUID(document["device_uuid"])
+        listed = document.get("authorities", [])
+        authorities = tuple((str(each["purpose"]), str(each["sha256"])) for each in listed)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise _damaged(f"{path}: {exc}") from exc
-    return Record(device_uuid, hashlib.sha256(text).digest())
+    return Record(device_uuid, hashlib.sha256(text).digest(), authorities)
 
 
 def _damaged(evidence: str) -> StorageRefusal:

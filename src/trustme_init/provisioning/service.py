@@ -82,7 +82,13 @@ class ProvisioningService:
             else SoftwareDeviceKey(self._layout.tokens / "device.key")
         )
         self._inventory = Inventory(
-            self._layout, self._policy, self._core_anchors, self._store, self._token, self._key
+            self._layout,
+            self._policy,
+            self._core_anchors,
+            self._store,
+            self._token,
+            self._key,
+            self._registered,
         )
         self._lifecycle = Lifecycle(
             self._inventory, History(self._layout.home / "lifecycle", self._tcti, self._layout.tpm)
@@ -298,13 +304,15 @@ class ProvisioningService:
 
     def _listed(self, purpose: Purpose) -> Iterator[Result]:
         """Yield what is stored for a purpose; of a damaged file only its name, and what is wrong with it."""
+        registered = self._registered(purpose)
         for entry in self._store.entries(purpose):
+            known = registered is None or entry.sha256 in registered
             yield {
                 "sha256": entry.sha256,
                 "subject": entry.subject,
                 "purpose": purpose.value,
                 "not_after": int(entry.not_after.timestamp()),
-                "source": entry.source,
+                "source": entry.source if known else "NOT REGISTERED on this device, not used",
             }
         for damaged in self._store.damaged(purpose):
             yield {
@@ -314,6 +322,12 @@ class ProvisioningService:
                 "not_after": 0,
                 "source": f"DAMAGED, not used: {damaged.reason}",
             }
+
+    def _registered(self, purpose: Purpose) -> frozenset[str] | None:
+        """Return which anchors the TPM vouches for; in operation no other counts, whatever the disk has."""
+        if self._state is not State.OPERATIONAL or not self._mode.from_tpm:
+            return None
+        return self._lifecycle.registered(purpose, self._mode.record_sha256)
 
     def _names(self, purpose: Purpose, beginning: str) -> bool:
         return any(each["sha256"].startswith(beginning) for each in self._listed(purpose))
@@ -383,7 +397,11 @@ class ProvisioningService:
         return {
             "completed_at": f"{self._inventory.now():%Y-%m-%dT%H:%M:%SZ}",
             "development": self._policy.development,
-            "authorities": self.authorities({})["authorities"],
+            "authorities": [
+                {"purpose": purpose.value, "sha256": entry.sha256, "subject": entry.subject}
+                for purpose in STORED
+                for entry in self._store.entries(purpose)
+            ],
             "token": {"kind": token.kind, "certificate_sha256": token.certificate_sha256 or ""},
             **self._inventory.names(),
         }

@@ -57,12 +57,15 @@ def code(call: Callable[[], object]) -> str:
 
 def test_the_chain_holds_every_field_in_its_order() -> None:
     assert chain(()) == bytes(32)
-    digest = hashlib.sha256(f"1 renew-device-key {'ab' * 32}".encode()).digest()
+    digest = hashlib.sha256(f"1 renew-device-key {'ab' * 32}   ".encode()).digest()
     assert chain((FIRST,)) == hashlib.sha256(bytes(32) + digest).digest()
     others = [
         (replace(FIRST, serial=2), SECOND),
         (replace(FIRST, action="replace-token"), SECOND),
         (replace(FIRST, sha256="ba" * 32), SECOND),
+        (replace(FIRST, purpose="guest"), SECOND),
+        (replace(FIRST, adds="cd" * 32), SECOND),
+        (replace(FIRST, drops="cd" * 32), SECOND),
         (SECOND, FIRST),
         (FIRST,),
         (FIRST, SECOND, SECOND),
