@@ -117,7 +117,7 @@ def test_a_guestos_anchor_is_swapped(rig: Rig, by: str) -> None:
 
 
 def test_row31_a_replaced_anchor_that_is_put_back_on_the_disk_is_not_believed(rig: Rig) -> None:
-    """What is believed comes from the record and the history, which the TPM vouches for; not from a directory."""
+    """What is believed comes from record and history, which the TPM vouches for; not from a directory."""
     known = authorities()
     apply(rig, "guest", 10, "replace-authority", **replacement(known.guest, NEW_CA, "guest"))
     (rig.layout.tokens / "ca" / f"{sha256(known.guest)}.pem").write_bytes(known.guest.pem)
