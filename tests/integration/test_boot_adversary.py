@@ -389,13 +389,13 @@ def test_row15_the_manager_has_no_environment_but_its_own(
     device: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The kernel makes variables of its command line's words; the sandbox's PID 1 gets the test run's instead.
-    monkeypatch.setenv("TSS2_LOG", "all+trace")
+    monkeypatch.setenv("TSS2_FAPICONF", "/run/evil.json")
     monkeypatch.setenv("MKE2FS_CONFIG", "/run/evil.conf")
     with faulty(device, {"at": "stage:devices", "do": "show-environment"}).boot() as boot:
         assert boot.refusal() == "unexpected-failure"
         (evidence,) = [line for line in boot.lines if "evidence:" in line]
         assert "ValueError: PATH" in evidence
-        assert "TSS2_LOG" not in evidence
+        assert "TSS2_FAPICONF" not in evidence
         assert "MKE2FS_CONFIG" not in evidence
 
 

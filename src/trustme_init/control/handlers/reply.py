@@ -42,8 +42,10 @@ def refused(refusal: Refusal, code: DaemonToController.Response.ValueType) -> Da
     reply = response(code)
     reply.refusal.code = refusal.code
     reply.refusal.cause = refusal.cause
-    reply.refusal.evidence = refusal.evidence
-    reply.refusal.remedy = refusal.remedy
+    if refusal.evidence:
+        reply.refusal.evidence = refusal.evidence
+    if refusal.remedy:
+        reply.refusal.remedy = refusal.remedy
     return reply
 
 
