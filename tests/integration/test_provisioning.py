@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from trustme_tools.pki.request import read_request
 
 pytestmark = pytest.mark.root
 Make = Callable[..., Device]
+HERE = Path(__file__).parent
 PIN = "correct horse"
 STEPS = ("guest-anchor", "device-anchor", "device-certificate", "token")
 
@@ -587,6 +589,19 @@ def test_a_manager_that_comes_back_asks_the_tpm_for_the_mode(device: Make, facto
         deadline = time.monotonic() + 10
         while not boot.ask(Request.GET_PROVISIONED).device_is_provisioned:
             assert time.monotonic() < deadline
+        assert boot.ask(Request.PULL_DEVICE_CSR).response == Reply.CMD_UNSUPPORTED
+
+
+def test_row31_a_vault_that_dies_behind_the_point_of_no_return_leaves_no_door_open(
+    device: Make, factory: Factory
+) -> None:
+    fault = {"at": "trustme_init.tpm.nv_marker:_write", "do": "kill", "when": "after"}
+    with device(init=(sys.executable, HERE / "adversary_init.py", json.dumps([fault]))).boot() as boot:
+        boot.wait_prepared()
+        provision(boot, factory)
+        assert boot.ask(Request.SET_PROVISIONED).refusal.code == "vault-ended"
+        boot.wait_for("provisioning completed: operational mode")
+        assert boot.ask(Request.GET_PROVISIONED).device_is_provisioned
         assert boot.ask(Request.PULL_DEVICE_CSR).response == Reply.CMD_UNSUPPORTED
 
 

@@ -307,11 +307,19 @@ class Device:
         def answered(outcome: Outcome) -> None:
             if outcome.refusal is not None:
                 self._vault_log(f"{operation}: {outcome.refusal}")
+                if operation == "complete":
+                    # It may have failed behind the point of no return: the vault asks the TPM how it stands.
+                    self._vault.submit("status", {}, self._looked_again)
             elif operation == "complete":
                 self._completed(outcome.result)
             done(outcome.result, outcome.refusal)
 
         self._vault.submit(operation, arguments, answered)
+
+    def _looked_again(self, outcome: Outcome) -> None:
+        said = outcome.result
+        if outcome.refusal is None and said["completed"] and self.mode() is Mode.PROVISIONING:
+            self._completed({"source": said["marker"], "record_sha256": said["record_sha256"]})
 
     def _completed(self, result: Mapping[str, Any]) -> None:
         self._mode = ModeFact(
