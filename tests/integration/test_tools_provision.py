@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -334,14 +334,9 @@ def console_of(boot: Boot, path: Path) -> Iterator[list[bytes]]:
     listener.listen(1)
     listener.settimeout(0.1)
 
-    def carry() -> None:
-        peer: socket.socket | None = None
+    def serve(peer: socket.socket) -> None:
+        """Carry between the core's console and one client until either is done."""
         while not ended.is_set():
-            if peer is None:
-                try:
-                    peer, _ = listener.accept()
-                except TimeoutError:
-                    continue
             ready, _, _ = select.select([boot._core_master, peer.fileno()], [], [], 0.05)
             if boot._core_master in ready:
                 written.append(os.read(boot._core_master, 65536))
@@ -349,10 +344,17 @@ def console_of(boot: Boot, path: Path) -> Iterator[list[bytes]]:
             if peer.fileno() in ready:
                 data = peer.recv(65536)
                 if not data:
-                    peer.close()
-                    peer = None
+                    return
                 while data:
                     data = data[os.write(boot._core_master, data) :]
+
+    def carry() -> None:
+        while not ended.is_set():
+            with suppress(TimeoutError, BrokenPipeError, ConnectionResetError):
+                peer, _ = listener.accept()
+                # The client may leave first or last: either way its socket is closed here.
+                with peer:
+                    serve(peer)
 
     carrier = threading.Thread(target=carry)
     carrier.start()
