@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from trustme_tools.machine.vm import Outcome, VirtualMachine
 
 _DESCRIPTION = """\
-Boot an image directory in a virtual machine: OVMF with Secure Boot and the image's own keys, a software
-TPM, KVM where it works and plain emulation elsewhere. Shows the boot console, then gives this terminal
-to the core container (Ctrl-] leaves and switches the machine off).
+Boot an image directory (the reference builder's, or where Yocto deploys) in a virtual machine: OVMF with
+Secure Boot and the image's own keys, a software TPM, KVM where it works and plain emulation elsewhere.
+Shows the boot console, then gives this terminal to the core container (Ctrl-] leaves and switches the
+machine off).
 
 exit codes: 0 core container was running, 1 refused by firmware or device, or no result in time
 """
 
 _EXAMPLES = """\
   trustme run build/image
+  trustme run --image-dir build/tmp/deploy/images/qemux86-64
   trustme run build/image --once                  boot, wait for RUNNING, switch off
   trustme run build/image --state device-1        a device that remembers: disk, TPM, firmware variables
   trustme run build/image --power-cut 'stage 4/7' switch off hard at a line of the boot console
@@ -49,7 +51,16 @@ def register(subparsers: Subparsers) -> None:
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
-    parser.add_argument("image_dir", type=Path, metavar="IMAGE_DIR", help="as `trustme image build` makes it")
+    parser.add_argument(
+        "image_dir",
+        type=Path,
+        nargs="?",
+        metavar="IMAGE_DIR",
+        help="as `trustme image build` makes it, or bitbake's tmp/deploy/images/MACHINE",
+    )
+    parser.add_argument(
+        "--image-dir", type=Path, dest="image_option", metavar="DIR", help="the same, as an option"
+    )
     parser.add_argument("--once", action="store_true", help="switch off when the core container runs")
     parser.add_argument(
         "--console", action="store_true", help="stay on the boot console, do not attach to the core"
@@ -78,6 +89,18 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {exc}") from None
 
 
+def image_directory(args: argparse.Namespace) -> Path:
+    """Return the one image directory that was named; UsageError("no-image-directory")."""
+    named: list[Path] = [path for path in (args.image_dir, args.image_option) if path is not None]
+    if len(named) != 1:
+        raise UsageError(
+            f"{len(named)} image directories are named",
+            "name one, either as IMAGE_DIR or with --image-dir",
+            code="no-image-directory",
+        )
+    return named[0]
+
+
 def _run(args: argparse.Namespace) -> Result:
     from trustme_tools.image.cache import Cache, default_root
     from trustme_tools.machine import firmware, images
@@ -90,7 +113,7 @@ def _run(args: argparse.Namespace) -> Result:
             "use --once, or --console to watch the boot only",
             code="no-terminal",
         )
-    image = images.load(args.image_dir)
+    image = images.load(image_directory(args))
     machine = VirtualMachine(
         image.disk,
         firmware.prepare(Cache(default_root()), image.pki),
@@ -100,7 +123,7 @@ def _run(args: argparse.Namespace) -> Result:
         accelerator=args.accel,
         saved=SavedState(args.resume.resolve()) if args.resume else None,
     )
-    progress(f"machine: {machine.accelerator.upper()}, {args.cpu}, Secure Boot, TPM; image {args.image_dir}")
+    progress(f"machine: {machine.accelerator.upper()}, {args.cpu}, Secure Boot, TPM; image {image.path}")
     with machine:
         return _drive(machine, args, interactive=interactive)
 

@@ -47,15 +47,21 @@ class Answer(NamedTuple):
 
 
 class Terminal:
-    """The core container's console, with a shell on it, reached through a unix socket of QEMU."""
+    """The core container's console, with a shell on it.
 
-    def __init__(self, path: Path, alive: Callable[[], bool]) -> None:
+    It is reached through a unix socket (QEMU's, by its path) or one that is connected already.
+    """
+
+    def __init__(self, way: Path | socket.socket, alive: Callable[[], bool]) -> None:
         self._alive = alive
         self._text = ""
         self._position = 0
+        if isinstance(way, socket.socket):
+            self._socket = way
+            return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(str(path))
+            self._socket.connect(str(way))
         except OSError:
             self._socket.close()
             raise
