@@ -20,6 +20,7 @@ PACKAGES: Final[Mapping[str, str]] = {
     "debugfs": "e2fsprogs",
     "depmod": "kmod",
     "fallocate": "util-linux",
+    "gzip": "gzip",
     "hash-to-efi-sig-list": "efitools",
     "mcopy": "mtools",
     "mdel": "mtools",
@@ -44,6 +45,7 @@ PACKAGES: Final[Mapping[str, str]] = {
     "tar": "tar",
     "unshare": "util-linux",
     "veritysetup": "cryptsetup-bin",
+    "xz": "xz-utils",
     "zstd": "zstd",
 }
 """Which Debian package has a program; for the remedy of MissingToolError. Others are in .venv."""

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from tests.integration.guestos_kit import RECIPE, build, make_root, verify
 from trustme_init.errors import Refusal
 from trustme_tools.cli import main
 from trustme_tools.errors import ToolError
-from trustme_tools.guestos import check, recipe, signing
-from trustme_tools.guestos.build import BuiltGuestOs, build_guestos, sign_config, source_date_epoch
+from trustme_tools.guestos import check, signing
+from trustme_tools.guestos.build import BuiltGuestOs, sign_config, source_date_epoch
 from trustme_tools.guestos.signing import KeySigner, command_signer, key_signer, pki_signer
 from trustme_tools.pki import certificates
 from trustme_tools.pki.certificates import Issuer, Role
@@ -27,57 +28,10 @@ from trustme_tools.pki.create import Algorithm, create
 from trustme_tools.pki.directory import PkiDirectory
 from trustme_tools.pki.keys import KeyType, generate
 
-EPOCH = 1_700_000_000
-RECIPE = """\
-version = 1
-name = "tiny"
-hardware = "x86"
-description = "a test"
-init_path = "/sbin/init"
-[[mounts]]
-image_file = "root"
-mount_point = "/"
-fs_type = "squashfs"
-mount_type = "SHARED_RW"
-[[mounts]]
-image_file = "kernel"
-mount_point = "/boot/kernel"
-fs_type = "vfat"
-mount_type = "FLASH"
-"""
-
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> PkiDirectory:
     return create(tmp_path_factory.mktemp("pki") / "made", algorithm=Algorithm.P384, development=True)
-
-
-def make_root(directory: Path, *, backwards: bool = False) -> Path:
-    """Make the same tree in another order and at another time."""
-    names = [f"file{number}" for number in range(40)]
-    (directory / "sbin").mkdir(parents=True)
-    for name in reversed(names) if backwards else names:
-        path = directory / name
-        path.write_bytes(hashlib.shake_256(name.encode()).digest(20_000))
-        path.chmod(0o644)
-        os.utime(path, (1, 1_600_000_000 if backwards else 1_500_000_000))
-    (directory / "sbin/init").symlink_to("../file1")
-    return directory
-
-
-def build(tmp_path: Path, pki: PkiDirectory, text: str = RECIPE, **options: object) -> BuiltGuestOs:
-    root = tmp_path / "root"
-    if not root.exists():
-        make_root(root)
-    kernel = tmp_path / "kernel"
-    kernel.write_bytes(b"kernel" * 1000)
-    arguments: dict[str, object] = {"signer": pki_signer(pki), "epoch": EPOCH, "sources": {"kernel": kernel}}
-    return build_guestos(recipe.parse(text), root, tmp_path / "store", **(arguments | options))  # type: ignore[arg-type] # the tests' own defaults
-
-
-def verify(built: BuiltGuestOs, *anchors: Path, dbx: bytes = b"", at: datetime | None = None) -> None:
-    found = check.anchors_from(anchors, dbx)
-    check.verify(built.config_path, found, at=at or datetime.now(UTC))
 
 
 def test_layout_of_the_store(tmp_path: Path, pki: PkiDirectory) -> None:
@@ -295,7 +249,7 @@ def test_signing_command(tmp_path: Path, pki: PkiDirectory) -> None:
         (f"openssl dgst -sha256 -sign {key}", "key-certificate-mismatch"),
         ("cat", "key-certificate-mismatch"),
         ("true", "sign-command-failed"),
-        ("/nonexistent/signer", "sign-command-failed"),
+        ("/nonexistent/signer", "sign-command-missing"),
     ):
         with pytest.raises(ToolError) as refused:
             sign_config(built.config_path, command_signer(command, pki.certificate_path("ssig_cml")))
@@ -396,11 +350,79 @@ def test_only_a_configuration_is_signed(tmp_path: Path, pki: PkiDirectory) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("command", ["", "'", "yes", "true", "false", "/nonexistent"])
+@pytest.mark.parametrize("command", ["", "'", "yes", "true", "false", "/tmp"])
 def test_commands_that_sign_nothing(pki: PkiDirectory, command: str) -> None:
     with pytest.raises(ToolError) as refused:
         command_signer(command, pki.certificate_path("ssig_cml")).sign(b"data" * 100_000)
     assert refused.value.code == "sign-command-failed"
+
+
+@pytest.mark.parametrize("command", ["/nonexistent/signer --fast", "no-such-signer"])
+def test_a_signing_command_that_is_not_there_is_named(pki: PkiDirectory, command: str) -> None:
+    with pytest.raises(ToolError) as refused:
+        command_signer(command, pki.certificate_path("ssig_cml")).sign(b"data")
+    assert refused.value.code == "sign-command-missing"
+    assert command.split(maxsplit=1)[0] in refused.value.cause
+
+
+def test_a_signature_of_another_key_names_both(tmp_path: Path, pki: PkiDirectory) -> None:
+    with pki.unlocked_key("guestos") as (descriptor, _):
+        (tmp_path / "other.pem").write_bytes(os.pread(descriptor, 10_000, 0))
+    command = f"openssl dgst -sha512 -sign {tmp_path}/other.pem"
+    with pytest.raises(ToolError) as refused:
+        build(tmp_path, pki, signer=command_signer(command, pki.certificate_path("ssig_cml")))
+    assert refused.value.code == "key-certificate-mismatch"
+    assert command in refused.value.cause
+    assert "CN=CML Signing Certificate" in refused.value.cause
+
+
+def dated_signer(pki: PkiDirectory, start: datetime, days: int, *, of_ca: bool = False) -> KeySigner:
+    """Return a signer whose leaf, or the CA above it, has the dates given."""
+    now = datetime.now(UTC)
+    key, ca_key = generate(KeyType.P384, 0), generate(KeyType.P384, 0)
+    long = (now - timedelta(days=400), 800)
+    ca_dates, leaf_dates = ((start, days), long) if of_ca else (long, (start, days))
+    ca = certificates.issue(
+        Role.SUB_CA, certificates.name("dated CA", "t"), ca_key, not_before=ca_dates[0], days=ca_dates[1]
+    )
+    leaf = certificates.issue(
+        Role.CODE_SIGNING,
+        certificates.name("dated leaf", "t"),
+        key,
+        Issuer(ca, ca_key),
+        not_before=leaf_dates[0],
+        days=leaf_dates[1],
+    )
+    return KeySigner(key.private, (leaf, ca))
+
+
+@pytest.mark.parametrize(
+    ("begins", "named", "code"),
+    [
+        (-20, "dated leaf", "certificate-expired"),
+        (+5, "dated leaf", "certificate-not-yet-valid"),
+        (-20, "dated CA", "certificate-expired"),
+        (+5, "dated CA", "certificate-not-yet-valid"),
+    ],
+)
+def test_a_chain_that_is_not_valid_now_signs_only_if_asked(
+    tmp_path: Path, pki: PkiDirectory, begins: int, named: str, code: str
+) -> None:
+    signer = dated_signer(pki, datetime.now(UTC) + timedelta(days=begins), 10, of_ca=named == "dated CA")
+    with pytest.raises(ToolError) as refused:
+        build(tmp_path, pki, signer=signer)
+    assert refused.value.code == code
+    assert named in refused.value.cause
+    assert not list((tmp_path / "store/operatingsystems").iterdir())
+    built = build(tmp_path, pki, signer=signer, allow_expired=True)
+    before = built.config_path.with_suffix(".sig").read_bytes()
+    with pytest.raises(ToolError) as refused:
+        sign_config(built.config_path, signer)
+    assert refused.value.code == code
+    assert built.config_path.with_suffix(".sig").read_bytes() == before
+    sign_config(built.config_path, signer, allow_expired=True)
+    with pytest.raises(Refusal):  # the device goes by the dates
+        verify(built, pki.certificate_path("ssig_subca"))
 
 
 @pytest.mark.parametrize("value", ["-1", "x", "99999999999999999999", str(2**32)])
@@ -408,10 +430,3 @@ def test_epochs_that_no_image_can_carry(value: str) -> None:
     with pytest.raises(ToolError) as refused:
         source_date_epoch({"SOURCE_DATE_EPOCH": value})
     assert refused.value.code == "bad-epoch"
-
-
-def test_a_root_without_its_init_is_noted(tmp_path: Path, pki: PkiDirectory) -> None:
-    (tmp_path / "root").mkdir()
-    said: list[str] = []
-    build(tmp_path, pki, progress=said.append)
-    assert any("has no /sbin/init" in text for text in said)

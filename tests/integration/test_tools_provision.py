@@ -350,7 +350,8 @@ def console_of(boot: Boot, path: Path) -> Iterator[list[bytes]]:
 
     def carry() -> None:
         while not ended.is_set():
-            with suppress(TimeoutError, BrokenPipeError, ConnectionResetError):
+            # The device may go down (EIO on its terminal), and the client may leave, at any time.
+            with suppress(OSError):
                 peer, _ = listener.accept()
                 # The client may leave first or last: either way its socket is closed here.
                 with peer:

@@ -42,6 +42,10 @@ FAMILIES: Final = (
     Family(
         "run", "run an image in a virtual machine with Secure Boot and a TPM", "trustme_tools.machine.cli"
     ),
+    Family("flash", "write an image to a disk or card, and verify it", "trustme_tools.flash.cli"),
+    Family(
+        "smoke", "boot, provision and reboot an image, and say whether all is well", "trustme_tools.smoke.cli"
+    ),
     Family("provision", "walk devices from first boot to operation", "trustme_tools.provision.cli"),
     Family(
         "lifecycle", "statements that change keys and anchors in operation", "trustme_tools.lifecycle.cli"

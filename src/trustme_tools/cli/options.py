@@ -8,6 +8,7 @@ import getpass
 import os
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from trustme_tools.errors import UsageError
@@ -21,7 +22,7 @@ def add_passphrase(parser: argparse.ArgumentParser) -> None:
         "--passphrase-fd",
         type=int,
         metavar="N",
-        help="read the passphrase of private keys from this open descriptor (first line)",
+        help="read the passphrase of keys, or the PIN of a token, from this open descriptor (first line)",
     )
 
 
@@ -43,6 +44,11 @@ def read_passphrase(args: argparse.Namespace) -> bytes | None:
             code="bad-descriptor",
         ) from exc
     return data.split(b"\n", 1)[0]
+
+
+def key_place(text: str) -> Path | str:
+    """Return the value of --key for argparse: a path, or a PKCS#11 URI as it is."""
+    return text if text.startswith("pkcs11:") else Path(text)
 
 
 def moment(text: str) -> datetime:

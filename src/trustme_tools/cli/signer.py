@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trustme_tools.cli.options import read_passphrase
 from trustme_tools.errors import UsageError
-from trustme_tools.guestos import signing
+from trustme_tools.guestos import pkcs11, signing
 from trustme_tools.guestos.signing import Signer
 from trustme_tools.pki.directory import PkiDirectory
 
@@ -20,10 +20,12 @@ def chosen_signer(args: argparse.Namespace) -> Signer:
             return signing.pki_signer(PkiDirectory(args.pki), args.signer, read_passphrase(args))
         case None, Path(), None, Path():
             return signing.key_signer(args.key, args.cert, read_passphrase(args))
+        case None, str(), None, Path():
+            return pkcs11.pkcs11_signer(args.key, args.cert, read_passphrase(args))
         case None, None, str(), Path():
             return signing.command_signer(args.sign_command, args.cert)
     raise UsageError(
         "who signs is not clear",
-        "give --pki DIR, or --key FILE --cert FILE, or --sign-command COMMAND --cert FILE",
+        "give --pki DIR, or --key FILE (or pkcs11:URI) --cert FILE, or --sign-command COMMAND --cert FILE",
         code="no-signer",
     )

@@ -15,21 +15,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from google.protobuf import text_format
 
 from trustme_init.proto.guestos_pb2 import GuestOSConfig, GuestOSMount, I18NString
 from trustme_init.trust.guestos import parse_config
-from trustme_tools.errors import UsageError
-from trustme_tools.guestos import images
+from trustme_tools.errors import ToolError, UsageError
+from trustme_tools.guestos import content, images
 from trustme_tools.guestos.images import ImageId
 from trustme_tools.guestos.recipe import Recipe
 from trustme_tools.guestos.signing import Signer, signed
 from trustme_tools.publish import PUBLIC, refuse_existing, staged_directory, write_atomic
 
 STORE_DIRECTORY: Final = "operatingsystems"
+MIB: Final = 1024 * 1024
 VERSION_LIMIT: Final = 2**64 - 1
 EPOCH_LIMIT: Final = 2**32 - 1
 """Seconds; a squashfs keeps times in 32 bits."""
@@ -78,6 +79,8 @@ def build_guestos(
     version: int | None = None,
     epoch: int | None = None,
     sources: Mapping[str, Path] | None = None,
+    size_limit: int | None = None,
+    allow_expired: bool = False,
     force: bool = False,
     progress: Callable[[str], None] = lambda _text: None,
 ) -> BuiltGuestOs:
@@ -85,7 +88,8 @@ def build_guestos(
 
     `root` becomes the image at "/"; `sources` gives directory (or ready image file) of other images by
     name. `epoch` (seconds, default SOURCE_DATE_EPOCH or now) is every time stamp in the images, and the
-    default of `version`. ToolError("exists") unless `force`; nothing of a failed build stays.
+    default of `version`. `size_limit`: bytes of all images and hash trees together. ToolError("exists")
+    unless `force`, "no-init", "guestos-too-large", and those of `signed`; nothing of a failed build stays.
     """
     moment = source_date_epoch() if epoch is None else epoch
     number = version_from_epoch(moment) if version is None else version
@@ -99,8 +103,7 @@ def build_guestos(
     config_path = store / STORE_DIRECTORY / f"{label}.conf"
     image_directory = store / STORE_DIRECTORY / label
     refuse_existing(config_path, force=force)
-    if not os.path.lexists(root / recipe.init_path.lstrip("/")):
-        progress(f"note: {root} has no {recipe.init_path}, the program the GuestOS starts")
+    _require_init(recipe, places)
     config = _config(recipe, number, moment)
     with staged_directory(image_directory, force=force) as staging:
         for mount in recipe.mounts:
@@ -111,10 +114,11 @@ def build_guestos(
                 source = places["" if mount.mount_point == "/" else mount.image_file]
                 identity = ImageId(recipe.name, number, mount.image_file)
                 _add_image(message, source, staging, identity, moment)
+        _require_size(label, staging, size_limit)
         data = text_format.MessageToString(config).encode()
         # What the device would refuse is never signed.
         parse_config(data)
-        signature, chain = signed(signer, data)
+        signature, chain = signed(signer, data, allow_expired=allow_expired)
         # While files are exchanged there is no configuration: the old GuestOS, none, the new one.
         config_path.unlink(missing_ok=True)
     write_signed(config_path, data, signature, chain)
@@ -139,12 +143,12 @@ def write_signed(config_path: Path, data: bytes, signature: bytes, chain: bytes)
     write_atomic(config_path, data)
 
 
-def sign_config(config_path: Path, signer: Signer) -> None:
-    """Sign an existing configuration again; its bytes do not change. Refusal("bad-config")."""
+def sign_config(config_path: Path, signer: Signer, *, allow_expired: bool = False) -> None:
+    """Sign an existing configuration again; its bytes do not change. Refusal("bad-config"), `signed`."""
     data = config_path.read_bytes()
     # What the device would refuse is never signed.
     parse_config(data)
-    signature, chain = signed(signer, data)
+    signature, chain = signed(signer, data, allow_expired=allow_expired)
     write_atomic(config_path.with_name(f"{config_path.stem}.sig"), signature)
     write_atomic(config_path.with_name(f"{config_path.stem}.cert"), chain)
 
@@ -180,6 +184,43 @@ def _config(recipe: Recipe, version: int, epoch: int) -> GuestOSConfig:
         if value is not None:
             setattr(config, name, value)
     return config
+
+
+def _require_init(recipe: Recipe, places: Mapping[str, Path]) -> None:
+    """Refuse a GuestOS that cannot start: its first program must be in one of the images."""
+    path = PurePosixPath(recipe.init_path)
+    # The mount that covers the path; the one at / covers every path.
+    mount = max(
+        (mount for mount in recipe.mounts if path.is_relative_to(mount.mount_point)),
+        key=lambda mount: len(PurePosixPath(mount.mount_point).parts),
+    )
+    if mount.has_image and mount.fs_type not in images.FILE_SYSTEMS:
+        return  # a ready image; what is in it, only its maker knows
+    place = places.get("" if mount.mount_point == "/" else mount.image_file)
+    if place is not None and not place.is_dir():
+        return  # refused with its reason when the image is to be made of it
+    found = place and content.find_file(place, str(path.relative_to(mount.mount_point)))
+    if found is None or not found.stat().st_mode & 0o111:
+        raise ToolError(
+            f"the GuestOS {recipe.name} has no program {recipe.init_path} to start"
+            if found is None
+            else f"{recipe.init_path}, which the GuestOS {recipe.name} starts, is not executable",
+            "put the program there, or name another one: init_path in guestos.toml",
+            code="no-init",
+            evidence=f"looked in {place}" if place else f"{mount.mount_point} is an empty {mount.fs_type}",
+        )
+
+
+def _require_size(label: str, staging: Path, limit: int | None) -> None:
+    sizes = {path.name: path.stat().st_size for path in staging.iterdir()}
+    if limit is not None and sum(sizes.values()) > limit:
+        parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in sorted(sizes.items()))
+        raise ToolError(
+            f"the GuestOS {label} has {sum(sizes.values()) / MIB:.1f} MiB, more than {limit / MIB:.1f}",
+            "leave something out of it, or raise the limit (--size-limit; GUESTOS_SIZE_LIMIT in Yocto)",
+            code="guestos-too-large",
+            evidence=f"MiB: {parts}",
+        )
 
 
 def _check_sources(recipe: Recipe, places: Mapping[str, Path]) -> None:

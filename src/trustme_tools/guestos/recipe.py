@@ -18,6 +18,9 @@ from trustme_init.trust.selection import NAME_PATTERN
 from trustme_tools.errors import ToolError
 
 RECIPE_VERSION: Final = 1
+FILE_NAME: Final = "guestos.toml"
+FILES: Final = "files"
+"""In the directory of a recipe: what is copied over the root of the GuestOS."""
 _IDENTITY: Final = re.compile(NAME_PATTERN)
 """GuestOS and hardware names, as the device accepts them."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -93,8 +96,14 @@ class Recipe:
     content: Content | None = field(default=None)
 
 
+def file_of(path: Path) -> Path:
+    """Return the recipe file that `path` stands for: a directory is taken for the guestos.toml in it."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
 def load(path: Path) -> Recipe:
-    """Read a recipe file; ToolError("recipe-unreadable" or "recipe-malformed")."""
+    """Read a recipe, a guestos.toml or its directory; ToolError("recipe-unreadable", "recipe-malformed")."""
+    path = file_of(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:

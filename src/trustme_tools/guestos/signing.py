@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who signs a GuestOS configuration: a key file, or a command that reaches an HSM or a signing service.
+"""Who signs a GuestOS configuration: a key file, a key in an HSM, a command that reaches a service.
 
-Every signature is checked against the leaf certificate by the device's own code before it is written.
+Rules:
+- Every signature is checked against the leaf certificate by the device's own code before it is written.
+- A chain with a certificate that is not valid now does not sign, unless that is asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, Protocol
@@ -35,6 +38,11 @@ class Signer(Protocol):
     """Makes signatures that belong to `chain[0]`."""
 
     @property
+    def key_name(self) -> str:
+        """What signs, for messages: a path, a URI, a command. Never a secret."""
+        ...
+
+    @property
     def chain(self) -> Sequence[x509.Certificate]:
         """Certificates, leaf first, without the root."""
         ...
@@ -50,6 +58,7 @@ class KeySigner:
 
     key: keys.PrivateKey
     chain: tuple[x509.Certificate, ...]
+    key_name: str = "the key in memory"
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature in the scheme of the leaf's key."""
@@ -63,8 +72,16 @@ class CommandSigner:
     command: str
     chain: tuple[x509.Certificate, ...]
 
+    @property
+    def key_name(self) -> str:
+        """The command: which key it uses, only it knows."""
+        return f"the key of the command {self.command}"
+
     def sign(self, data: bytes) -> bytes:
-        """Run the command; ToolError("sign-command-failed") if it fails or gives no plausible signature."""
+        """Run the command; ToolError("sign-command-missing") if there is no such program.
+
+        ToolError("sign-command-failed") if it fails or gives no plausible signature.
+        """
         try:
             words = shlex.split(self.command)
         except ValueError as exc:
@@ -77,6 +94,13 @@ class CommandSigner:
             source.seek(0)
             try:
                 process = subprocess.Popen(words, stdin=source, stdout=subprocess.PIPE)
+            except FileNotFoundError as exc:
+                raise ToolError(
+                    f"the signing command is not there: {words[0]}",
+                    "name a program that is on the PATH, or its whole path; no shell is involved",
+                    code="sign-command-missing",
+                    evidence=f"the whole command: {self.command}",
+                ) from exc
             except OSError as exc:
                 raise self._failed(exc.strerror or str(exc)) from exc
             with process:
@@ -112,7 +136,7 @@ def key_signer(key_path: Path, certificate_path: Path, passphrase: bytes | None 
             code="key-certificate-mismatch",
             evidence=f"certificate: {chain[0].subject.rfc4514_string()}",
         )
-    return KeySigner(key, chain)
+    return KeySigner(key, chain, f"the key {key_path}")
 
 
 def pki_signer(pki: PkiDirectory, name: str = CORE_SIGNER, passphrase: bytes | None = None) -> KeySigner:
@@ -144,16 +168,43 @@ def signing_chain(path: Path) -> tuple[x509.Certificate, ...]:
     return tuple(chain)
 
 
-def signed(signer: Signer, data: bytes) -> tuple[bytes, bytes]:
-    """Return (signature, certificate chain as PEM) of `data`, after checking the signature."""
+def require_valid(chain: Sequence[x509.Certificate], at: datetime) -> None:
+    """Refuse a chain that a device would refuse for its dates; `at` is aware.
+
+    ToolError("certificate-expired" or "certificate-not-yet-valid"), the device's own names.
+    """
+    for certificate in chain:
+        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if start <= at <= end:
+            continue
+        expired = at > end
+        raise ToolError(
+            f"the certificate {certificate.subject.rfc4514_string()} "
+            + ("has expired" if expired else "is not valid yet")
+            + ": nothing is signed with it",
+            "sign with a certificate that is valid, or say that these dates are meant (--allow-expired)",
+            code="certificate-expired" if expired else "certificate-not-yet-valid",
+            evidence=f"valid {start:%Y-%m-%dT%H:%M:%SZ} to {end:%Y-%m-%dT%H:%M:%SZ}, "
+            f"now {at:%Y-%m-%dT%H:%M:%SZ}",
+        )
+
+
+def signed(signer: Signer, data: bytes, *, allow_expired: bool = False) -> tuple[bytes, bytes]:
+    """Return (signature, certificate chain as PEM) of `data`, after checking dates and signature.
+
+    ToolError of `require_valid`, unless `allow_expired`; ToolError("key-certificate-mismatch").
+    """
     from trustme_init.trust.signature import verify_signature
 
+    if not allow_expired:
+        require_valid(signer.chain, datetime.now(UTC))
     signature = signer.sign(data)
     try:
         verify_signature(signer.chain[0], signature, data)
     except Refusal as exc:
         raise ToolError(
-            f"the signature does not belong to the certificate {signer.chain[0].subject.rfc4514_string()}",
+            f"the signature of {signer.key_name} does not belong to the certificate "
+            f"{signer.chain[0].subject.rfc4514_string()}",
             "sign with the key of that certificate: SHA-512, and the scheme of its key type",
             code="key-certificate-mismatch",
             evidence=str(exc),

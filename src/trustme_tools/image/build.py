@@ -3,6 +3,8 @@
 
 trustme-base.img   raw disk     trustme-base.efi   the signed UKI
 pki/               certificates manifest.json      what they are made of
+
+Beside the disk lies its block map, trustme-base.img.bmap, for whoever writes it to a medium.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from typing import Any, Final
 from trustme_init import policy as device_policy
 from trustme_tools.cli.verbs import progress
 from trustme_tools.errors import ToolError, UsageError
+from trustme_tools.flash import bmap
+from trustme_tools.flash.source import map_file
+from trustme_tools.guestos import content
 from trustme_tools.guestos import recipe as recipes
 from trustme_tools.guestos.build import BuiltGuestOs, build_guestos, version_from_epoch
 from trustme_tools.guestos.signing import CORE_SIGNER, KeySigner
-from trustme_tools.image import core, disk, initramfs, libraries, modules, packages, uki
+from trustme_tools.image import disk, initramfs, libraries, modules, packages, uki
 from trustme_tools.image.cache import Cache, digest_file, digest_tree
-from trustme_tools.machine.images import DISK, MANIFEST, MANIFEST_VERSION, PKI, UKI
+from trustme_tools.machine.images import BMAP, DISK, MANIFEST, MANIFEST_VERSION, PKI, UKI
 from trustme_tools.pki import create as pki_create
 from trustme_tools.pki.directory import PkiDirectory
 from trustme_tools.publish import staged_directory, write_atomic
@@ -60,6 +65,8 @@ class Options:
     the same day is the same."""
     policy: Mapping[str, Any] = field(default_factory=dict)
     """Policy keys to set, dotted: {"core.start_timeout_s": 5}."""
+    download_anchors: bytes = b""
+    """Certificate authorities (PEM) of the servers that GuestOS images may be fetched from."""
     extra_modules: tuple[str, ...] = ()
     command_line: tuple[str, ...] = uki.COMMAND_LINE
     init: bytes = initramfs.INIT
@@ -95,6 +102,11 @@ def policy_text(options: Options, recipe: recipes.Recipe) -> bytes:
             "device_key": "ecc-p256",
             "pin_tries": 10,
             "self_provisioning": options.development,
+        },
+        "containers": {
+            "allow_unsigned_configs": options.development,
+            "start_timeout_s": 300,
+            "pids_max": 1024,
         },
     }
     for key, value in options.policy.items():
@@ -170,7 +182,7 @@ def build_image(
     base = initramfs.base(
         cache, tree, installed, extra_modules=options.extra_modules, timestamp=DEFAULT_EPOCH
     )
-    core_root = core.build_root(cache, recipe, root / "recipes/core/files", device_package)
+    core_root = content.build_root(cache, recipe, root / "recipes/core/files", device_package)
     with staged_directory(out, force=True) as staging:
         work = staging / "work"
         work.mkdir()
@@ -181,6 +193,7 @@ def build_image(
             work / "product.cpio.zst",
             timestamp=DEFAULT_EPOCH,
             init=options.init,
+            download_anchors=options.download_anchors,
         )
         uki.assemble(
             tree,
@@ -199,6 +212,7 @@ def build_image(
             raise ToolError("the UKI is larger than 64 MiB", code="uki-too-large")
         store, built = _core_store(cache, recipe, core_root, pki=pki, options=options, passphrase=passphrase)
         disk.create(staging / DISK, staging / UKI, store, data_space=options.data_space)
+        write_atomic(staging / BMAP, bmap.render(map_file(staging / DISK)))
         copy_pki(pki, staging / PKI, private_keys=options.development)
         manifest = {
             "version": MANIFEST_VERSION,
@@ -239,7 +253,9 @@ def _refuse_other_directory(out: Path) -> None:
     if not os.path.lexists(out):
         return
     foreign = (
-        {path.name for path in out.iterdir()} - {DISK, UKI, PKI, MANIFEST} if out.is_dir() else {out.name}
+        {path.name for path in out.iterdir()} - {DISK, BMAP, UKI, PKI, MANIFEST}
+        if out.is_dir()
+        else {out.name}
     )
     if foreign:
         raise ToolError(

@@ -64,10 +64,45 @@ def register(subparsers: Subparsers) -> None:
         metavar="KEY=VALUE",
         help="set a key of the signed policy, value as in TOML, for example platform.allow_missing_tpm=true",
     )
+    parser.add_argument(
+        "--download-anchors",
+        type=Path,
+        metavar="FILE",
+        help="certificate authorities (PEM) of the servers that the device may fetch GuestOS images from",
+    )
     parser.add_argument("--epoch", type=int, metavar="SECONDS", help="build date (default: today, 0:00 UTC)")
     parser.add_argument("--refresh", action="store_true", help="fetch packages and libraries again")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where built parts are kept")
     add_passphrase(parser)
+
+
+def read_download_anchors(path: Path) -> bytes:
+    """Return a file of PEM certificates that the device can use; UsageError("bad-download-anchors")."""
+    from cryptography import x509
+
+    try:
+        data = path.read_bytes()
+        certificates = x509.load_pem_x509_certificates(data)
+    except (OSError, ValueError) as exc:
+        raise UsageError(
+            f"{path} holds no certificate authorities",
+            "give a file with one or more PEM certificates",
+            code="bad-download-anchors",
+            evidence=str(exc)[:200],
+        ) from exc
+    for certificate in certificates:
+        try:
+            is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        except x509.ExtensionNotFound:
+            is_ca = False
+        if not is_ca:
+            raise UsageError(
+                f"{path} holds a certificate that is no authority's",
+                "give the authority that has issued the server's certificate",
+                code="bad-download-anchors",
+                evidence=certificate.subject.rfc4514_string(),
+            )
+    return data
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -92,7 +127,12 @@ def _build(args: argparse.Namespace) -> Result:
             code="bad-epoch",
         )
     cache = Cache(args.cache or default_root(), refresh=args.refresh)
-    options = Options(development=not args.release, epoch=args.epoch, policy=dict(args.policy))
+    options = Options(
+        development=not args.release,
+        epoch=args.epoch,
+        policy=dict(args.policy),
+        download_anchors=read_download_anchors(args.download_anchors) if args.download_anchors else b"",
+    )
     manifest = build_image(
         args.out, cache=cache, options=options, pki_path=args.pki, passphrase=read_passphrase(args)
     )

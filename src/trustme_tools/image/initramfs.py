@@ -109,7 +109,8 @@ def compress(archive: Archive, target: Path) -> None:
 def base(cache: Cache, tree: Path, libraries: Path, *, extra_modules: Sequence[str], timestamp: int) -> Path:
     """Return a directory with `initramfs.cpio.zst`, the part that does not hold our own code."""
     release = packages.kernel_version(tree)
-    names = [*modules.DEVICE_MODULES, *modules.ACCELERATORS, *extra_modules]
+    own = (*modules.DEVICE_MODULES, *modules.VOLUME_MODULES, *modules.NETWORK_MODULES)
+    names = [*own, *modules.ACCELERATORS, *extra_modules]
 
     def build(target: Path) -> None:
         archive = Archive(timestamp)
@@ -176,9 +177,19 @@ def copy_stdlib(tree: Path, stdlib: Path) -> None:
 
 
 def product(
-    tree: Path, source: Path, policy: bytes, target: Path, *, timestamp: int, init: bytes = INIT
+    tree: Path,
+    source: Path,
+    policy: bytes,
+    target: Path,
+    *,
+    timestamp: int,
+    init: bytes = INIT,
+    download_anchors: bytes = b"",
 ) -> None:
-    """Write the archive with our package (from `source`), `/init` and the policy to `target`."""
+    """Write the archive with our package (from `source`), `/init` and the policy to `target`.
+
+    `download_anchors`, if any, are PEM: the device checks the servers of GuestOS images by them.
+    """
     archive = Archive(timestamp)
     with tempfile.TemporaryDirectory(prefix="trustme-product-") as name:
         root = Path(name)
@@ -188,6 +199,8 @@ def product(
         archive.tree(root)
         archive.file("init", init, 0o755)
         archive.file("etc/trustme/policy.toml", policy)
+        if download_anchors:
+            archive.file("etc/trustme/download_anchors.pem", download_anchors)
         compress(archive, target)
 
 

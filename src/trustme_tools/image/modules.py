@@ -25,8 +25,14 @@ DEVICE_MODULES: Final = (
 )
 """What the device needs that Debian's cloud kernel does not have built in."""
 
-ACCELERATORS: Final = ("crc32c_intel", "sha256_ssse3")
-"""Loaded by the kernel itself when the processor has the instructions (modules.alias)."""
+VOLUME_MODULES: Final = ("dm_crypt", "dm_integrity", "xts")
+"""For containers' lasting volumes; in the image, but not loaded before there is one."""
+
+NETWORK_MODULES: Final = ("veth",)
+"""For containers' interfaces, likewise."""
+
+ACCELERATORS: Final = ("aesni_intel", "crc32c_intel", "sha256_ssse3")
+"""Loaded when the processor has the instructions (modules.alias), by the kernel or with what needs them."""
 
 _TABLES: Final = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from trustme_tools.cli.options import add_passphrase, moment
+from trustme_tools.cli.options import add_passphrase, key_place, moment
 from trustme_tools.cli.verbs import Result, add_family, add_verb
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def register(subparsers: Subparsers) -> None:
     group.add_argument(
         "--signer", default="lifecycle", metavar="NAME", help="name in --pki (default: lifecycle)"
     )
-    group.add_argument("--key", type=Path, metavar="FILE", help="PEM private key")
+    group.add_argument("--key", type=key_place, metavar="KEY", help="PEM private key, or a PKCS#11 URI")
     group.add_argument("--cert", type=Path, metavar="FILE", help="PEM chain, leaf first")
     group.add_argument(
         "--sign-command",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from trustme_tools.cli.options import add_passphrase, ask_new_passphrase, read_passphrase
+from trustme_tools.cli.options import add_passphrase, ask_new_passphrase, key_place, read_passphrase
 from trustme_tools.cli.verbs import Result, add_family, add_verb, progress
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def _add_sign_device(verbs: Subparsers) -> None:
     group.add_argument(
         "--signer", default="device_subca", metavar="NAME", help="name in --pki (default: device_subca)"
     )
-    group.add_argument("--key", type=Path, metavar="FILE", help="PEM private key of the CA")
+    group.add_argument(
+        "--key", type=key_place, metavar="KEY", help="PEM private key of the CA, or a PKCS#11 URI"
+    )
     group.add_argument("--cert", type=Path, metavar="FILE", help="PEM chain, the device CA first")
     group.add_argument(
         "--sign-command",

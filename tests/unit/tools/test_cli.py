@@ -144,7 +144,7 @@ def test_completion_is_well_formed(shell: str) -> None:
     ("line", "expected"),
     [
         ("trustme gu", {"guestos"}),
-        ("trustme guestos ", {"build", "sign", "verify", "show"}),
+        ("trustme guestos ", {"build", "collect", "finish", "sign", "verify", "show"}),
         ("trustme pki create --alg", {"--algorithm"}),
         ("trustme pki create dir --force --pass", {"--passphrase-fd"}),
         ("trustme completion z", {"zsh"}),
