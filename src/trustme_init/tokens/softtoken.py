@@ -29,7 +29,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from cryptography.hazmat.primitives.serialization import pkcs12 as library
 from cryptography.x509.oid import NameOID
@@ -49,6 +49,8 @@ KEY_BITS: Final = 3072
 RSA_BITS: Final = range(2048, 4096 + 1)
 FRIENDLY_NAME: Final = "trustme token"
 ORGANISATION: Final = "trustme-py"
+OAEP: Final = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), label=None)
+"""How a key is encapsulated for an RSA token (`wrapping`)."""
 
 _FACTOR: Final = {
     "pbkdf2-sha256": 1,
@@ -80,6 +82,23 @@ class Token:
     """Whether some way to test a PIN is cheaper than ours."""
     others: tuple[x509.Certificate, ...] = ()
     """Further certificates of the file, kept when it is encoded anew."""
+
+    @property
+    def public_key(self) -> PublicKey:
+        """The public half of the private key: what `wrapping` asks for, here and below."""
+        return self.private_key.public_key()
+
+    def decrypt(self, encapsulated: bytes) -> bytes:
+        """Undo RSAES-OAEP with SHA-256; ValueError, also for a key that is not RSA."""
+        if not isinstance(self.private_key, rsa.RSAPrivateKey):
+            raise ValueError("not an RSA token")  # noqa: TRY004 - the same as for any other wrong content
+        return self.private_key.decrypt(encapsulated, OAEP)
+
+    def agree(self, peer: ec.EllipticCurvePublicKey) -> bytes:
+        """Return the ECDH secret; ValueError, also for a key of another kind or curve."""
+        if not isinstance(self.private_key, ec.EllipticCurvePrivateKey):
+            raise ValueError("not an EC token")  # noqa: TRY004 - likewise
+        return self.private_key.exchange(ec.ECDH(), peer)
 
 
 def create(pin: str, *, common_name: str, now: datetime) -> bytes:
@@ -119,7 +138,7 @@ def open_token(data: bytes, pin: str) -> Token:
             maker damaged), "token-no-key" (no certificate, or of another key) and "token-weak-key".
     """
     file = _affordable(data)
-    if not _is_text(pin) or not file.is_password(pin):
+    if not is_text(pin) or not file.is_password(pin):
         raise TokenRefusal(
             "token-wrong-pin",
             "the PIN does not open the token",
@@ -233,7 +252,7 @@ def too_large(evidence: str) -> TokenRefusal:
     )
 
 
-def _is_text(pin: str) -> bool:
+def is_text(pin: str) -> bool:
     """Whether a password can be this: half a surrogate pair has no encoding, and that error quotes it all."""
     return not any("\ud800" <= character <= "\udfff" for character in pin)
 

@@ -16,34 +16,29 @@ An operator may put another file over `testuser.p12` at any time, as the openssl
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from trustme_init.errors import TokenRefusal
-from trustme_init.linux.files import openat2, read_limited, sync_directory, write_atomic
+from trustme_init.linux.files import openat2, read_limited
 from trustme_init.tokens import softtoken
-from trustme_init.tokens.attempts import Attempts, not_stored
+from trustme_init.tokens.place import SOFTTOKEN, TOKEN_FILES, TokenPlace
 from trustme_init.tokens.softtoken import Token
 
-TOKEN_NAME: Final = "testuser.p12"  # noqa: S105 - a file name
-ATTEMPTS_NAME: Final = "attempts.json"
+TOKEN_NAME: Final = TOKEN_FILES[SOFTTOKEN]
 RECORD_NAME: Final = "token.json"
 DEVELOPMENT_PIN: Final = "trustme"
 """Published with GyroidOS and with this project; a token that has it protects nothing."""
 
 _VERSION: Final = 1
 _RECORD_LIMIT: Final = 1024
-_MODE: Final = 0o600
-_DIRECTORY_MODE: Final = 0o700
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ class TokenStatus:
     """What can be said about the device's token without its PIN."""
 
     kind: str
-    """"softtoken" or "none"."""
+    """One of `place.TOKEN_FILES`, or "none"."""
     tries_left: int
     limit: int
     certificate_sha256: str | None = None
@@ -67,16 +62,12 @@ class TokenStatus:
         return asdict(self)
 
 
-class TokenStore:
+class TokenStore(TokenPlace):
     """The token in `directory` (which is made when a token is), with `limit` wrong PINs allowed."""
 
     def __init__(self, directory: Path, limit: int) -> None:
-        self._directory = directory
-        self._path = directory / TOKEN_NAME
+        super().__init__(directory, TOKEN_NAME, softtoken.TOKEN_LIMIT, limit)
         self._record_path = directory / RECORD_NAME
-        self._attempts_path = directory / ATTEMPTS_NAME
-        self._attempts = Attempts(self._attempts_path, limit)
-        self._limit = limit
 
     def status(self) -> TokenStatus:
         """Return what is known; a damaged file is a fault in it, not a refusal of this."""
@@ -98,7 +89,7 @@ class TokenStore:
             except TokenRefusal as refusal:
                 fault = refusal.code
         return TokenStatus(
-            "softtoken",
+            SOFTTOKEN,
             tries_left,
             self._limit,
             certificate_sha256=certificate,
@@ -115,13 +106,7 @@ class TokenStore:
         """
         softtoken.check_new_pin(pin)
         with self._changing(make=True):
-            if self._is_there():
-                raise TokenRefusal(
-                    "token-already-there",
-                    "the device has a token",
-                    evidence=TOKEN_NAME,
-                    remedy="change its PIN, replace it, or remove it first",
-                )
+            self._require_none()
             self._attempts.reset()
             self._install(softtoken.create(pin, common_name=common_name, now=now), pin)
 
@@ -142,6 +127,11 @@ class TokenStore:
                 if self._record().get(_sha256(data)) is None:
                     self._describe({_sha256(data): pin == DEVELOPMENT_PIN})
             return token
+
+    @contextmanager
+    def open(self, pin: str) -> Iterator[Token]:
+        """Lend the opened token, as every kind of token does (`kind`). Refusals as `unlock`."""
+        yield self.unlock(pin)
 
     def change_pin(self, old: str, new: str) -> None:
         """Encode the token under another PIN; it is durable on return.
@@ -166,8 +156,8 @@ class TokenStore:
         the new token's PIN and must be one that may be set.
 
         Raises:
-            TokenRefusal: "token-bad-pin", "token-not-stored", and what `Attempts.try_pin` and `open_token`
-                raise; the old token then stays.
+            TokenRefusal: "token-bad-pin", "token-not-stored", "token-already-there" (another kind), and what
+                `Attempts.try_pin` and `open_token` raise; the old token then stays.
         """
         softtoken.check_new_pin(pin)
 
@@ -176,6 +166,7 @@ class TokenStore:
             self._install(softtoken.reencode(token, pin) if softtoken.needs_upgrade(token) else p12, pin)
 
         with self._changing(make=True):
+            self._require_none(of_another_kind=True)
             if self._is_new():
                 self._attempts.reset()
             self._attempts.try_pin(put)
@@ -195,22 +186,6 @@ class TokenStore:
             # The token first: a counter without a token harms nothing, a token without one is locked.
             for path in (self._path, self._record_path, self._attempts_path):
                 self._remove(path)
-
-    @contextmanager
-    def _changing(self, *, make: bool = False) -> Iterator[None]:
-        """Hold the directory for one operation; `make` it if it is not there."""
-        with ExitStack() as held:
-            try:
-                if make and not self._directory.is_dir():
-                    self._directory.mkdir()
-                    self._directory.chmod(_DIRECTORY_MODE)  # whatever the umask
-                    sync_directory(self._directory.parent)
-                held.enter_context(self._attempts.exclusive())
-            except FileNotFoundError as exc:
-                raise not_stored(self._directory, exc) if make else _missing() from exc
-            except OSError as exc:
-                raise not_stored(self._directory, exc) from exc
-            yield
 
     def _install(self, data: bytes, pin: str) -> None:
         """Make `data` the token: first what describes it, beside what describes the present one."""
@@ -242,74 +217,9 @@ class TokenStore:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
-    def _tries_left(self) -> tuple[int, str | None]:
-        """Return the tries that are left, and the code of what there is to say about them."""
-        if self._is_new():
-            return self._limit, None
-        try:
-            left = self._attempts.remaining
-        except TokenRefusal as refusal:
-            return 0, refusal.code
-        return left, None if left else "token-locked"
-
-    def _is_new(self) -> bool:
-        """Whether there is neither a token nor a count."""
-        return not self._is_there() and not os.path.lexists(self._attempts_path)
-
-    def _is_there(self) -> bool:
-        """Whether anything has the token's name, readable or not."""
-        return os.path.lexists(self._path)
-
-    def _read(self) -> bytes:
-        try:
-            # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
-            fd = openat2(self._path, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise _unreadable("it is no regular file")
-                return read_limited(fd, softtoken.TOKEN_LIMIT)
-            finally:
-                os.close(fd)
-        except FileNotFoundError as exc:
-            raise _missing() from exc
-        except OSError as exc:
-            if exc.errno == errno.EFBIG:
-                raise softtoken.too_large(f"more than {softtoken.TOKEN_LIMIT} bytes") from exc
-            raise _unreadable(str(exc.strerror)) from exc
-
-    def _write(self, path: Path, data: bytes) -> None:
-        try:
-            write_atomic(path, data, _MODE)
-        except OSError as exc:
-            raise not_stored(path, exc) from exc
-
-    def _remove(self, path: Path) -> None:
-        """Remove a file durably, and what an interrupted write of it may have left (`write_atomic`)."""
-        try:
-            path.unlink(missing_ok=True)
-            path.with_name(f".{path.name}.new").unlink(missing_ok=True)
-            sync_directory(path.parent)
-        except OSError as exc:
-            raise not_stored(path, exc) from exc
+    def _too_large(self, evidence: str) -> TokenRefusal:
+        return softtoken.too_large(evidence)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _missing() -> TokenRefusal:
-    return TokenRefusal(
-        "token-missing",
-        "the device has no token",
-        evidence=TOKEN_NAME,
-        remedy="create one, or replace it by the operator's own",
-    )
-
-
-def _unreadable(evidence: str) -> TokenRefusal:
-    return TokenRefusal(
-        "token-unreadable",
-        "the token cannot be read",
-        evidence=f"{TOKEN_NAME}: {evidence}",
-        remedy="put the token's file back, or remove the token and set a new one up",
-    )

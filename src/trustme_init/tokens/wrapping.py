@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography import x509
 from cryptography.exceptions import InvalidTag
@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from trustme_init.errors import TokenRefusal
-from trustme_init.tokens.softtoken import PublicKey, Token
+from trustme_init.tokens.softtoken import OAEP, PublicKey, Token
 
 MAGIC: Final = b"TMWK"
 VERSION: Final = 1
@@ -50,7 +50,26 @@ _AES: Final = 32
 _GYROIDOS_HEADER: Final = struct.Struct("=ii16s")
 """Native byte order, as the original writes it on the same machine."""
 _AES_BLOCK: Final = 16
-_OAEP: Final = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), label=None)
+
+
+class OpenToken(Protocol):
+    """A token whose PIN was right, as far as wrapping needs its key; `softtoken.Token` is one.
+
+    Both methods raise ValueError for contents that the key cannot be used with, and refusals.
+    """
+
+    @property
+    def public_key(self) -> PublicKey:
+        """The public half."""
+        ...
+
+    def decrypt(self, encapsulated: bytes) -> bytes:
+        """Undo RSAES-OAEP with SHA-256, where the key is RSA."""
+        ...
+
+    def agree(self, peer: ec.EllipticCurvePublicKey) -> bytes:
+        """Return the ECDH secret with a public key on the same curve, where the key is EC."""
+        ...
 
 
 def wrap(recipient: x509.Certificate | PublicKey, key: bytes, *, context: bytes) -> bytes:
@@ -64,7 +83,7 @@ def wrap(recipient: x509.Certificate | PublicKey, key: bytes, *, context: bytes)
     public = recipient.public_key() if isinstance(recipient, x509.Certificate) else recipient
     if isinstance(public, rsa.RSAPublicKey):
         secret = AESGCM.generate_key(256)
-        head = _head(_RSA, public.encrypt(secret, _OAEP))
+        head = _head(_RSA, public.encrypt(secret, OAEP))
     elif isinstance(public, ec.EllipticCurvePublicKey):
         ephemeral = ec.generate_private_key(public.curve)
         head = _head(_ECDH, _point(ephemeral.public_key()))
@@ -75,11 +94,12 @@ def wrap(recipient: x509.Certificate | PublicKey, key: bytes, *, context: bytes)
     return head + nonce + AESGCM(secret).encrypt(nonce, key, _associated(head, context))
 
 
-def unwrap(token: Token, blob: bytes, *, context: bytes) -> bytes:
+def unwrap(token: OpenToken, blob: bytes, *, context: bytes) -> bytes:
     """Return the key that `wrap` wrapped for this token and context.
 
     Raises:
-        TokenRefusal: "wrapped-key-damaged" where a bit of it, the token or the context is another one.
+        TokenRefusal: "wrapped-key-damaged" where a bit of it, the token or the context is another one; what
+            the token's own methods raise.
     """
     if len(blob) > WRAPPED_LIMIT:
         raise _damaged(f"more than {WRAPPED_LIMIT} bytes")
@@ -89,13 +109,13 @@ def unwrap(token: Token, blob: bytes, *, context: bytes) -> bytes:
     if magic != MAGIC or version != VERSION:
         raise _damaged("it does not begin as a wrapped key of version 1")
     head, rest = blob[: _HEADER.size + length], blob[_HEADER.size + length :]
-    private = token.private_key
+    public = token.public_key
     try:
-        if method == _RSA and isinstance(private, rsa.RSAPrivateKey):
-            secret = private.decrypt(head[_HEADER.size :], _OAEP)
-        elif method == _ECDH and isinstance(private, ec.EllipticCurvePrivateKey):
-            theirs = ec.EllipticCurvePublicKey.from_encoded_point(private.curve, head[_HEADER.size :])
-            secret = _agreed(private.exchange(ec.ECDH(), theirs), head, private.public_key())
+        if method == _RSA and isinstance(public, rsa.RSAPublicKey):
+            secret = token.decrypt(head[_HEADER.size :])
+        elif method == _ECDH and isinstance(public, ec.EllipticCurvePublicKey):
+            theirs = ec.EllipticCurvePublicKey.from_encoded_point(public.curve, head[_HEADER.size :])
+            secret = _agreed(token.agree(theirs), head, public)
         else:
             raise _damaged("it is for a token of another kind")
         return AESGCM(secret).decrypt(rest[:_NONCE], rest[_NONCE:], _associated(head, context))
