@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 IMAGE_DIR ?= build/image
 PYTEST_ARGS ?=
 
-.PHONY: help setup image boot test test-unit test-native test-qemu lint format proto docs docs-provisioning provision-demo bench clean
+.PHONY: help setup image boot test test-unit test-native test-qemu lint format proto docs docs-provisioning provision-demo demo smoke bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -24,6 +24,12 @@ boot: image ## Boot a device and attach to its core container; ONCE=1 powers off
 provision-demo: image ## Boot a device, provision it, reboot it, show that the door is closed; power off
 	@$(PY) scripts/provision_demo.py $(IMAGE_DIR)
 
+demo: image ## Boot a device, install the example service, start it with its PIN, show it answering
+	@$(PY) scripts/demo.py $(IMAGE_DIR)
+
+smoke: image ## Smoke-test the image in a VM; writes build/smoke.xml, adds to build/testresults.json
+	@$(PY) -m trustme_tools smoke $(IMAGE_DIR) --junit build/smoke.xml --oeqa build/testresults.json
+
 test: setup ## Run all tests: unit, native boots, virtual machines
 	@$(PY) -m pytest tests --junitxml=build/junit.xml $(PYTEST_ARGS)
 
@@ -36,7 +42,8 @@ test-native: setup ## Run the boot natively in a namespace sandbox with swtpm
 test-qemu: setup ## Run the virtual-machine tests (IMAGE_DIR is used when it holds an image)
 	@$(PY) -m pytest tests/qemu $(if $(wildcard $(IMAGE_DIR)/manifest.json),--image-dir $(IMAGE_DIR)) $(PYTEST_ARGS)
 
-lint: setup ## ruff, mypy --strict
+lint: setup ## ruff, mypy --strict, pins of the Yocto builds
+	@$(PY) scripts/check_kas.py
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy

@@ -20,6 +20,7 @@ from tests.integration.software_tpm import SoftwareTpm
 from tests.integration.tpm_interposer import Interposer, code_of
 from trustme_init import policy as policies
 from trustme_init.linux.mount import MNT_DETACH, mount, umount
+from trustme_init.machine import Machine
 from trustme_init.provisioning.mode import FROM_TPM, Mode, ModeFact
 from trustme_init.provisioning.service import ProvisioningService, Surroundings
 from trustme_init.tpm.marker_form import MarkerReading
@@ -66,6 +67,10 @@ require = ["device-certificate", "device-anchor", "guest-anchor", "token"]
 device_key = "ecc-p256"
 pin_tries = 10
 self_provisioning = false
+[containers]
+allow_unsigned_configs = false
+start_timeout_s = 300
+pids_max = 1024
 """
 
 
@@ -145,6 +150,7 @@ def _surroundings(data: Path, tcti: str, pki: PkiDirectory) -> Surroundings:
         core_anchors=anchor_set(Purpose.CORE, [core], Revocations(), source="bench"),
         mode=ModeFact(Mode.PROVISIONING, "bench", FROM_TPM),
         measurement_log=data.parent / "measurements.cel",
+        volumes=Machine().volumes,
     )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trustme_init.compartments.volumes import OpenVolume, VolumeRequest
+    from trustme_init.linux.cgroup import Limits
     from trustme_init.trust.verity import VerityParameters
 
 
@@ -54,6 +56,24 @@ class VerityBackend(Protocol):
         ...
 
 
+class VolumeBackend(Protocol):
+    """What keeps a container's lasting volumes: `compartments.volumes`, over a layer that fits the kernel."""
+
+    def prepare(self, uuid: str, directory: Path, key: bytes) -> None:
+        """Begin to keep volumes under a new key, before that is made durable."""
+        ...
+
+    def open(
+        self, uuid: str, directory: Path, requests: Sequence[VolumeRequest], key: bytes
+    ) -> tuple[OpenVolume, ...]:
+        """Open the volumes, making those that are new; StorageRefusal, and then none is open."""
+        ...
+
+    def release(self, uuid: str) -> None:
+        """Let their devices go as soon as nothing mounted holds them."""
+        ...
+
+
 class CgroupControllers(Protocol):
     """The resource controllers every compartment must be under."""
 
@@ -61,8 +81,20 @@ class CgroupControllers(Protocol):
         """Delegate the controllers to the children of `parent`; CompartmentRefusal if one is missing."""
         ...
 
-    def limit(self, group: Path, *, memory_max: int, pids_max: int) -> None:
-        """Set the limits of `group` (bytes, processes)."""
+    def limit(self, group: Path, limits: Limits) -> None:
+        """Set the limits of `group`; CompartmentRefusal if one cannot be kept."""
+        ...
+
+
+class NetworkBackend(Protocol):
+    """What moves and sets up the interfaces of containers."""
+
+    def warm(self) -> int | None:
+        """Get ready; return what is readable as soon as a call will not wait, None if that is now."""
+        ...
+
+    def call(self, operation: str, namespaces: Sequence[int], **arguments: object) -> Any:
+        """Have `compartments.netlink` do one thing; CompartmentRefusal("network-failed")."""
         ...
 
 
@@ -76,6 +108,19 @@ def _device_mapper() -> VerityBackend:
     from trustme_init.compartments.verity import DeviceMapperVerity
 
     return DeviceMapperVerity()
+
+
+def _encrypted_files() -> VolumeBackend:
+    from trustme_init.compartments.volume_layer import DeviceMapperLayer
+    from trustme_init.compartments.volumes import FileVolumes
+
+    return FileVolumes(DeviceMapperLayer())
+
+
+def _network_helper() -> NetworkBackend:
+    from trustme_init.compartments.netlink import NetworkHelper
+
+    return NetworkHelper()
 
 
 def _kernel_controllers() -> CgroupControllers:
@@ -102,7 +147,14 @@ class Machine:
     tcti: str = "device:/dev/tpmrm0"
     block: BlockLayer = field(default_factory=_kernel_block_layer)
     verity: VerityBackend = field(default_factory=_device_mapper)
+    volumes: VolumeBackend = field(default_factory=_encrypted_files)
     controllers: CgroupControllers = field(default_factory=_kernel_controllers)
+    network: NetworkBackend = field(default_factory=_network_helper)
+
+    @property
+    def download_anchors(self) -> Path:
+        """Authorities of the servers that images come from, PEM: beside the policy, and signed like it."""
+        return self.policy.with_name("download_anchors.pem")
 
     @property
     def report(self) -> Path:

@@ -53,6 +53,11 @@ class Policy:
     """Wrong PINs until a token is locked, over all boots."""
     self_provisioning: bool
     """Make a device certificate and a token with the published PIN by itself. Development builds only."""
+    allow_unsigned_configs: bool
+    """Take container configurations that nobody signed. Development builds only."""
+    container_start_timeout: float
+    """From a container's first instruction to its BOOT_COMPLETED."""
+    container_pids_max: int
 
     @property
     def allows_insecure_boot(self) -> bool:
@@ -68,6 +73,11 @@ class Policy:
     def provisions_itself(self) -> bool:
         """The rule as it is applied, likewise."""
         return self.development and self.self_provisioning
+
+    @property
+    def allows_unsigned_configs(self) -> bool:
+        """The rule as it is applied, likewise."""
+        return self.development and self.allow_unsigned_configs
 
 
 def load(path: Path) -> Policy:
@@ -102,6 +112,7 @@ def parse(text: bytes) -> Policy:
     platform = root.table("platform")
     devices = root.table("devices")
     provisioning = root.table("provisioning")
+    containers = root.table("containers")
     console = core.optional_text("console")
     policy = Policy(
         development=development,
@@ -120,14 +131,18 @@ def parse(text: bytes) -> Policy:
         device_key=provisioning.name("device_key", DEVICE_KEYS),
         pin_tries=provisioning.integer("pin_tries", 3, 100),
         self_provisioning=provisioning.boolean("self_provisioning"),
+        allow_unsigned_configs=containers.boolean("allow_unsigned_configs"),
+        container_start_timeout=float(containers.integer("start_timeout_s", 1, 3600)),
+        container_pids_max=containers.integer("pids_max", 16, 65536),
     )
-    for table in (core, platform, devices, provisioning, root):
+    for table in (core, platform, devices, provisioning, containers, root):
         table.finish()
     if not development:
         for name, allowed in (
             ("platform.allow_insecure_boot", policy.allow_insecure_boot),
             ("platform.allow_missing_tpm", policy.allow_missing_tpm),
             ("provisioning.self_provisioning", policy.self_provisioning),
+            ("containers.allow_unsigned_configs", policy.allow_unsigned_configs),
         ):
             if allowed:
                 raise _malformed(f"{name} is for development builds only")

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import hmac
 import os
 from pathlib import Path
 from typing import Final
 
+from trustme_init.compartments.volume_ledger import VolumeKeys
+from trustme_init.compartments.volumes import BLOCK
 from trustme_init.errors import TrustRefusal
+from trustme_init.linux.cgroup import Limits
 from trustme_init.linux.loop import Loop, attach
 from trustme_init.trust.verity import VerityParameters
 
@@ -85,11 +91,62 @@ def tree(data_fd: int, parameters: VerityParameters) -> tuple[list[bytes], bytes
     return levels, hashes[0]
 
 
+class PlainLayer:
+    """A VolumeLayer without dm-crypt and dm-integrity: a loop device over the file behind its first block.
+
+    That block is made of the keys, so that the rules about keys, superblocks and sizes are met all the same.
+    A loop device is found again by its file, `<uuid>/<name>.img`.
+    """
+
+    def file_size(self, size: int) -> int:
+        return size + BLOCK
+
+    def make(self, name: str, file: int, size: int, keys: VolumeKeys) -> Path:
+        os.pwrite(file, _superblock(keys), 0)
+        return self.open(name, file, size, keys)
+
+    def superblock(self, file: int) -> bytes:
+        return os.pread(file, BLOCK, 0)
+
+    def open(self, name: str, file: int, size: int, keys: VolumeKeys) -> Path:
+        assert self.superblock(file) == _superblock(keys), "the ledger should have refused this"
+        if _loops(name):
+            raise OSError(errno.EBUSY, "is open", name)
+        with attach(
+            file, offset=BLOCK, size=size, read_only=False, autoclear=False, block_size=BLOCK
+        ) as loop:
+            return loop.path
+
+    def remove(self, prefix: str, *, deferred: bool) -> None:
+        for path in _loops(prefix):
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                with Loop(path, fd) as loop, contextlib.suppress(OSError):
+                    loop.detach()  # the kernel itself defers it while a mount holds the device
+
+
+def _superblock(keys: VolumeKeys) -> bytes:
+    secret = keys.encryption + keys.authentication + keys.journal
+    return hmac.digest(secret, b"superblock", "sha256").ljust(BLOCK, b"\0")
+
+
+def _loops(prefix: str) -> list[Path]:
+    """Return the loop devices of the files that devices whose names begin so are made of."""
+    uuid = prefix.removeprefix("trustme-")[:36]
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            path = Path(entry.read_text().strip().removesuffix(" (deleted)"))
+            if path.parent.name == uuid and f"trustme-{uuid}-{path.stem}".startswith(prefix):
+                found.append(Path("/dev", entry.parts[3]))
+    return found
+
+
 class NoControllers:
     """A CgroupControllers for hosts whose controllers belong to version 1: it limits nothing."""
 
     def enable(self, parent: Path) -> None:
         pass
 
-    def limit(self, group: Path, *, memory_max: int, pids_max: int) -> None:
+    def limit(self, group: Path, limits: Limits) -> None:
         pass

@@ -19,7 +19,8 @@ from trustme_init.compartments.spec import CompartmentSpec, VolumeKind, VolumeSp
 from trustme_init.machine import Machine, VerityBackend
 from trustme_init.trust.guestos import MountType, VerityImage
 
-UUID = "0badc0de-0000-4000-8000-000000000004"
+UUID = f"0badc0de-0000-4000-8000-{os.getpid():012x}"
+"""Of this run: the host's cgroups are shared with whoever else runs these tests."""
 MIB = 1024 * 1024
 DONE = "== done =="
 INIT = """#!/bin/sh

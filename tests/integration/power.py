@@ -7,7 +7,7 @@ the one before it: nothing of the interpreter's, no `finally` and no `except`, g
 the disk is full from that effect on, and the child lives.
 
 Effects are, below the directory: creating and truncating a file (open(2)), writing, setting a mode or a
-length, fsync, rename, unlink, mkdir and rmdir; and the TPM commands that change what a TPM keeps over a
+length, fsync, link, rename, unlink, mkdir and rmdir; and the TPM commands that change what a TPM keeps over a
 reset (`TPM_COMMANDS`). An effect that is made in another way is not missed in silence: after each run the
 directory must be what the recorded effects make of it.
 
@@ -53,14 +53,14 @@ TPM_COMMANDS: Final = (
 )
 """Methods of ESAPI."""
 
-ROOM: Final = ("create", "mkdir", "write", "sync-file", "rename")
+ROOM: Final = ("create", "mkdir", "link", "write", "sync-file", "rename")
 """What a full disk refuses: space for names and content, at once or, allocated later, at the fsync."""
 
 _REAL: Final[Mapping[str, Callable[..., Any]]] = {
     name: getattr(os, name)
     for name in (
         *("open", "write", "fsync", "fdatasync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir"),
-        *("fchmod", "chmod", "truncate", "ftruncate", "stat", "close"),
+        *("link", "fchmod", "chmod", "truncate", "ftruncate", "stat", "close"),
     )
 }
 _EVERY_CONTENT: Final = ("synced", "torn", "written")
@@ -160,8 +160,8 @@ class Volume:
                 names: dict[str, int] | None = {} if effect.kind == "mkdir" else None
                 self._nodes.append(_Node(effect.offset, b"", made_by, names, synced_made_by=made_by))
                 self._rename({(effect.node, effect.name): effect.target})
-            case "unlink" | "rmdir":
-                self._rename({(effect.node, effect.name): None})
+            case "unlink" | "rmdir" | "link":
+                self._rename({(effect.node, effect.name): effect.target if effect.kind == "link" else None})
             case "rename":
                 moved = self._names(effect.node)[effect.name]
                 self._rename(
@@ -397,6 +397,7 @@ class _Child:
             "write": self._write,
             "fsync": self._fsync,
             "fdatasync": self._fsync,
+            "link": self._link,
             "rename": self._rename,
             "replace": self._rename,
             "unlink": self._unlink,
@@ -473,6 +474,25 @@ class _Child:
         _REAL["rename"](old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
         if here is not None and there is not None:
             self._record(Effect("rename", here[0], here[1], target=there[0], other=there[1]))
+
+    def _link(
+        self,
+        source: Any,
+        target: Any,
+        *,
+        src_dir_fd: int | None = None,
+        dst_dir_fd: int | None = None,
+        follow_symlinks: bool = True,
+    ) -> None:
+        place = self._place(target, dst_dir_fd)
+        number = self._node(os.stat(source, dir_fd=src_dir_fd, follow_symlinks=follow_symlinks))
+        if place is not None and number is not None:
+            self._before("link")
+        _REAL["link"](
+            source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, follow_symlinks=follow_symlinks
+        )
+        if place is not None and number is not None:
+            self._record(Effect("link", *place, target=number))
 
     def _unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
         self._remove("unlink", path, dir_fd)

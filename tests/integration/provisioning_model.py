@@ -38,8 +38,25 @@ EXPECTED: Final[Mapping[str, Mapping[State, State]]] = {
     "apply-statement": {O: O},
     "authorities": {P: P, O: O},
     "complete": {P: O},
+    "container": {P: P, O: O},
+    "container-change-pin": {P: P, O: O},
+    "container-check-pin": {P: P, O: O},
+    "container-create": {P: P, O: O},
+    "container-open": {P: P, O: O},
+    "container-remove": {P: P},
+    "container-update": {P: P, O: O},
+    "container-wipe": {P: P},
+    "containers": {P: P, O: O},
     "csr": {P: P},
     "destroy": {P: D, O: D},
+    "guestos-config": {P: P, O: O},
+    "guestos-discard": {P: P, O: O},
+    "guestos-examine": {P: P, O: O},
+    "guestos-list": {P: P, O: O},
+    "guestos-publish": {P: P, O: O},
+    "guestos-remove": {P: P},
+    "guestos-stage": {P: P, O: O},
+    "guestos-tidy": {P: P, O: O},
     "lifecycle-status": {P: P, O: O},
     "prepare": {P: P},
     "push-certificate": {P: P},
@@ -320,7 +337,16 @@ def calls() -> dict[str, Call]:
     expired = pki.issue(pki.ROOT.but(subject="expired", not_after=pki.NOW - 3 * pki.DAY))
     listed = [
         *(Call(name, unchanged) for name in ("prepare", "settle", "status", "authorities", "token-status")),
-        *(Call(name, unchanged) for name in ("csr", "lifecycle-status")),
+        *(Call(name, unchanged) for name in ("csr", "lifecycle-status", "guestos-list", "containers")),
+        *(
+            Call(f"guestos-{name}", refused("argument-missing"))
+            for name in ("config", "discard", "examine", "publish", "remove", "stage", "tidy")
+        ),
+        Call("container", refused("argument-missing")),
+        *(
+            Call(f"container-{name}", refused("argument-missing"))
+            for name in ("change-pin", "check-pin", "create", "open", "remove", "update", "wipe")
+        ),
         *(
             Call(name, refused("argument-missing"))
             for name in ("verify-guestos", "apply-statement", "activate")

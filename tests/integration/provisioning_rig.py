@@ -29,7 +29,7 @@ from trustme_init import policy as policies
 from trustme_init.boot import mode as stage
 from trustme_init.boot.storage import StorageFact
 from trustme_init.errors import Refusal, TokenRefusal
-from trustme_init.machine import Machine
+from trustme_init.machine import Machine, VolumeBackend
 from trustme_init.policy import Policy
 from trustme_init.provisioning.destruction import USER_DATA
 from trustme_init.provisioning.layout import Layout
@@ -146,6 +146,7 @@ class Rig:
         self.data.mkdir(parents=True)
         self.layout = Layout(self.data)
         self.tcti = ""
+        self.volumes: VolumeBackend = Machine().volumes
         self._service: ProvisioningService | None = None
 
     def copy_to(self, directory: Path, survivor: power.Survivor | None = None) -> Rig:
@@ -197,6 +198,7 @@ class Rig:
                 core_anchors=pki.anchors(authorities().core),
                 mode=fact,
                 measurement_log=self.directory / "measurements.cel",
+                volumes=self.volumes,
             )
         )
 

@@ -67,6 +67,10 @@ require = {require}
 device_key = "{device_key}"
 pin_tries = 10
 self_provisioning = {self_provisioning}
+[containers]
+allow_unsigned_configs = {unsigned_configs}
+start_timeout_s = {container_start_timeout}
+pids_max = 256
 """
 
 
@@ -144,6 +148,8 @@ class Device:
             "require": json.dumps(["device-certificate", "device-anchor", "guest-anchor", "token"]),
             "device_key": "ecc-p256",
             "self_provisioning": "false",
+            "unsigned_configs": "false",
+            "container_start_timeout": 60,
         }
         self.policy_file.write_text(POLICY.format(**{**values, **self.policy}))
 

@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE.parents[2] / "src"), str(HERE.parents[2])]
 from tests.integration import adapters, loopblock  # noqa: E402 - a script finds its own tree first
 from trustme_init.boot import pid1  # noqa: E402
 from trustme_init.boot.console import Console  # noqa: E402
+from trustme_init.compartments.volumes import FileVolumes  # noqa: E402
 from trustme_init.linux.mount import MS_BIND, MS_NODEV, MS_NOSUID, MS_PRIVATE, MS_REC, mount  # noqa: E402
 from trustme_init.machine import Machine  # noqa: E402
 
@@ -46,6 +47,7 @@ def prepare(places: dict[str, str]) -> Machine:
         tcti=places["tcti"],
         block=loopblock.LoopBlockLayer(Path(places["disk"])),
         verity=adapters.UserspaceVerity(),
+        volumes=FileVolumes(adapters.PlainLayer()),
         controllers=adapters.NoControllers(),
     )
 

@@ -7,6 +7,7 @@ import errno
 import os
 import platform
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,23 @@ def compile_probe(root: Path) -> None:
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """errno of each call of probe.c, made as root of a compartment."""
-    bench = Bench(tmp_path_factory.mktemp("probe"))
+    return probe(Bench(tmp_path_factory.mktemp("probe")), strict=False)
+
+
+@pytest.fixture(scope="module")
+def strictly_probed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """The same in a container beside the core."""
+    return probe(Bench(tmp_path_factory.mktemp("strict")), strict=True)
+
+
+def probe(bench: Bench, *, strict: bool) -> dict[str, int]:
     root = busybox_root(
         bench.work / "root",
         "echo '== status =='; b grep Seccomp: /proc/self/status\n"
         "echo '== probe =='; /bin/probe; echo '== end =='",
     )
     compile_probe(root)
-    with bench.running(bench.spec(bench.image(root))):
+    with bench.running(replace(bench.spec(bench.image(root)), strict_calls=strict)):
         text = bench.output()
     lines = [*section(text, "probe"), *section(text, "status")]
     return {name.rstrip(":"): int(value) for name, value in map(str.split, lines)}
@@ -86,6 +96,19 @@ def test_row34_no_descriptor_of_a_container_can_make_the_manager_wait_when_it_cl
     probed: dict[str, int], name: str
 ) -> None:
     assert probed[name] == errno.EPERM
+
+
+def test_row25_other_containers_are_under_an_allow_list(
+    probed: dict[str, int], strictly_probed: dict[str, int]
+) -> None:
+    strict = {name for name in probed if name.startswith("strict-")}
+    assert {probed[name] for name in strict} == {0}
+    assert {strictly_probed[name] for name in strict} == {errno.EPERM}
+    assert len(strict) == 4
+    # And under all that the core is under.
+    assert {name: strictly_probed[name] for name in probed.keys() - strict} == {
+        name: probed[name] for name in probed.keys() - strict
+    }
 
 
 def test_the_filter_leaves_what_programs_live_by(probed: dict[str, int]) -> None:

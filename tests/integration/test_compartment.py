@@ -547,8 +547,8 @@ def groups(bench: Bench) -> list[Path]:
 
 
 def refused(bench: Bench, spec: CompartmentSpec) -> Refusal:
-    """Start, expect a refusal, and that it left no trace."""
-    before = vars(Traces(bench))
+    """Start, expect a refusal, and that it left no trace, nor any volume open that was opened for it."""
+    before = {**vars(Traces(bench)), "loops": []}
     compartment = Compartment(spec, bench.machine)
     try:
         with bench.directory() as directory, pytest.raises(Refusal) as caught:

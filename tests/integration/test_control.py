@@ -25,7 +25,7 @@ from trustme_init.control.cli.main import main as control
 from trustme_init.control.client import ControlClient
 from trustme_init.control.framing import REQUEST_LIMIT
 from trustme_init.control.loop import Loop
-from trustme_init.control.transport import listen
+from trustme_init.control.sockets import listen
 from trustme_init.errors import ControlRefusal
 from trustme_init.proto.c_service_pb2 import CmldToServiceMessage as ToService
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request

@@ -68,7 +68,7 @@ from tests.integration.software_tpm import SoftwareTpm
 from trustme_init.errors import Refusal
 from trustme_init.provisioning import states
 from trustme_init.provisioning.mode import ModeFact
-from trustme_init.tokens.store import ATTEMPTS_NAME
+from trustme_init.tokens.place import ATTEMPTS_NAME
 
 NIGHTLY: Final = os.environ.get("TRUSTME_PROFILE") == "nightly"
 STEPS_PER_WALK: Final = 40

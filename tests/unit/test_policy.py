@@ -33,8 +33,12 @@ require = ["device-certificate", "token"]
 device_key = "ecc-p256"
 pin_tries = 10
 self_provisioning = true
+[containers]
+allow_unsigned_configs = true
+start_timeout_s = 300
+pids_max = 1024
 """
-LENIENT = ("allow_insecure_boot", "allow_missing_tpm", "self_provisioning")
+LENIENT = ("allow_insecure_boot", "allow_missing_tpm", "self_provisioning", "allow_unsigned_configs")
 PRODUCTION = GOOD.replace("= true", "= false")
 
 
@@ -58,6 +62,8 @@ def test_reads_every_key() -> None:
     assert parsed.device_key == "ecc-p256"
     assert parsed.pin_tries == 10
     assert parsed.provisions_itself
+    assert parsed.allows_unsigned_configs
+    assert (parsed.container_start_timeout, parsed.container_pids_max) == (300, 1024)
 
 
 def test_console_is_optional() -> None:
@@ -71,7 +77,7 @@ def test_a_missing_key_is_refused_by_name(line: str) -> None:
     assert line.split(" =", maxsplit=1)[0] in refusal(GOOD.replace(line, "")).evidence
 
 
-@pytest.mark.parametrize("table", ["", "core", "platform", "devices", "provisioning"])
+@pytest.mark.parametrize("table", ["", "core", "platform", "devices", "provisioning", "containers"])
 def test_an_unknown_key_is_refused_by_name(table: str) -> None:
     text = f"unknown = 1\n{GOOD}" if not table else GOOD.replace(f"[{table}]", f"[{table}]\nunknown = 1")
     assert refusal(text).evidence.endswith(f"{table}.unknown" if table else "unknown")

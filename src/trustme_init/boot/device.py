@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from trustme_init.boot.early import KernelMount, forbid_module_autoload, mount_kernel_filesystems
+from trustme_init.boot.fleet import Fleet
+from trustme_init.boot.fleet_guest import Around
+from trustme_init.boot.installation import Installations, Places
 from trustme_init.boot.report import RESULT_RUNNING, RESULT_STARTED
 from trustme_init.boot.stats import device_stats
 from trustme_init.compartments import lifecycle
@@ -31,16 +34,18 @@ from trustme_init.errors import CompartmentRefusal, DeviceRefusal, Refusal
 from trustme_init.linux.files import write_atomic
 from trustme_init.linux.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, umount
 from trustme_init.proto.container_pb2 import ContainerState
+from trustme_init.provisioning.layout import Layout
 from trustme_init.provisioning.marker import decide
 from trustme_init.provisioning.mode import Mode, ModeFact
 from trustme_init.provisioning.vault import Outcome, Vault
 from trustme_init.trust.guestos import images_of, parse_config
+from trustme_init.trust.selection import GuestOsId
 
 if TYPE_CHECKING:
     from trustme_init.boot.console import Console
     from trustme_init.boot.core import CoreFact
     from trustme_init.boot.report import BootReport
-    from trustme_init.machine import Machine
+    from trustme_init.machine import Machine, NetworkBackend
     from trustme_init.policy import Policy
     from trustme_init.proto.guestos_pb2 import GuestOSConfig
     from trustme_init.provisioning.service import ProvisioningService
@@ -106,7 +111,27 @@ class Device:
         self._deadline: Timer | None = None
         self._outcome: str | None = None
         self._vault = Vault(self._loop, self._make_service)
+        self._installations = Installations(
+            self._loop,
+            self.vault,
+            Places(Layout(machine.data).home, machine.download_anchors, development=policy.development),
+            self.guestos_running,
+        )
         self._vault_log = ThrottledLog(console.note, "vault")
+        self._dispatcher = Dispatcher(self, log=console.note)
+        fleet_log = ThrottledLog(console.note, "fleet")
+        self._fleet = Fleet(
+            Around(
+                loop=self._loop,
+                machine=machine,
+                dispatcher=self._dispatcher,
+                start_timeout=policy.container_start_timeout,
+                pids_max=policy.container_pids_max,
+                log=fleet_log,
+            ),
+            self.vault,
+        )
+        self._rebooting = False
 
     # The two ways in: a first hand-off, or a restarted manager.
 
@@ -143,6 +168,7 @@ class Device:
             )
         self._serve_sockets(spec, config, self._mode_now())
         self._watch(compartment)
+        self._fleet.resume()
 
     def _mode_now(self) -> ModeFact:
         """Decide the mode anew, as the stages do: what an earlier manager knew may have changed since."""
@@ -161,6 +187,7 @@ class Device:
         """Run until the device is to be rebooted; return REBOOT."""
         while self._outcome is None:
             self._loop.turn()
+        self._installations.close()
         self._vault.close()
         self._report.write(self._machine.report)
         return self._outcome
@@ -174,7 +201,7 @@ class Device:
         ControlServer(
             self._loop,
             spec.socket_dir / CONTROL_SOCKET,
-            Dispatcher(self, log=log),
+            self._dispatcher,
             uid=spec.uid_base,
             gid=spec.uid_base,
             privileged=True,
@@ -286,6 +313,7 @@ class Device:
                 core_anchors=platform.read(self._machine.efivars, self._policy).anchors,
                 mode=mode,
                 measurement_log=self._machine.measurement_log,
+                volumes=self._machine.volumes,
             )
         )
 
@@ -300,6 +328,9 @@ class Device:
             self._console.line(f"provisioning: {refusal}")
         elif "device_uuid" in result:
             self._console.line(f"device {result['device_uuid']} is ready to be provisioned")
+        if refusal is None:
+            self._installations.tidy()
+        self._fleet.begin()
 
     def vault(self, operation: str, arguments: Mapping[str, str | bytes], done: Answered) -> None:
         """Have the vault do something; a completion changes the mode before anybody hears of it."""
@@ -344,7 +375,7 @@ class Device:
         return self._known_mode().mode
 
     def containers(self) -> Sequence[ContainerView]:
-        """Return the core; containers beside it come with their own issue."""
+        """Return the core, then the others."""
         core, config = self._core, self._core_config
         if core is None or config is None:
             return ()
@@ -361,11 +392,42 @@ class Device:
                 ram_limit=core.spec.memory_max // (1024 * 1024),
                 init_env=tuple(config.init_env),
             ),
+            *self._fleet.views(),
         )
 
     def container(self, uuid: str) -> ContainerView | None:
         """Return one container."""
         return next((view for view in self.containers() if view.uuid == uuid), None)
+
+    def compartment(self, uuid: str) -> Compartment | None:
+        """Return the compartment of a container; None where none runs."""
+        if self._core is not None and uuid == self._core.spec.uuid:
+            return self._core
+        return self._fleet.compartment(uuid)
+
+    @property
+    def guests(self) -> Fleet:
+        """Return the containers beside the core."""
+        return self._fleet
+
+    @property
+    def loop(self) -> Loop:
+        """Return the loop of this process."""
+        return self._loop
+
+    @property
+    def network(self) -> NetworkBackend:
+        """Return what moves interfaces."""
+        return self._machine.network
+
+    @property
+    def installations(self) -> Installations:
+        """Return what installs GuestOSes."""
+        return self._installations
+
+    def guestos_running(self) -> Iterable[GuestOsId]:
+        """Return the versions that guests run now; the core's is not in the store."""
+        return self._fleet.guestos_running()
 
     def guestos_list(self) -> Sequence[GuestOsView]:
         """Return the GuestOSes that were verified in this boot."""
@@ -392,10 +454,16 @@ class Device:
         return device_stats(self._machine.store, self._machine.data)
 
     def request_reboot(self) -> None:
-        """Stop the core in an orderly way, then reboot."""
+        """Stop the containers, then the core, in an orderly way; then reboot."""
+        if self._core is None or self._rebooting or self._core.state is State.SHUTDOWN:
+            return
+        self._rebooting = True
+        self._console.line("reboot requested")
+        self._fleet.stop_all(self._stop_core)
+
+    def _stop_core(self) -> None:
         core, service = self._core, self._service
         if core is None or service is None or core.state is State.SHUTDOWN:
             return
-        self._console.line("reboot requested")
         self._stop_within(STOP_TIMEOUT)  # first: whatever becomes of the request, the stop has an end
         self._stop_within(core.stop(service.shutdown))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """System calls that no compartment may make: doors past its namespaces and limits that need no capability.
 
-A short deny list, not an allow list: what a compartment's programs are is not known here. Each entry says
-what it would open. What capabilities, namespaces and cgroups already stop is not repeated.
+A short deny list, and all that the core is under. Each entry says what it would open. What capabilities,
+namespaces and cgroups already stop is not repeated. Other containers are under `strictcalls` as well.
 """
 
 from __future__ import annotations

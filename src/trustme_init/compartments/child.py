@@ -37,6 +37,7 @@ from trustme_init.linux.process import (
     CLONE_NEWNET,
     CLONE_NEWNS,
     CLONE_NEWPID,
+    CLONE_NEWTIME,
     CLONE_NEWUSER,
     CLONE_NEWUTS,
     CLOSE_RANGE_CLOEXEC,
@@ -68,7 +69,7 @@ def build(spec: CompartmentSpec, host: HostSide, report: Sender, go: int) -> NoR
         # were that root, a compartment could use up what the manager and every other compartment may have.
         os.seteuid(spec.uid_base)
         confine.hide_memory()
-        unshare(NAMESPACES)
+        unshare(NAMESPACES | (CLONE_NEWTIME if spec.time_namespace else 0))
         report.send("unshared")
         _await(go, report, "id maps")
         # Until here this was the machine's root without a mapping; from here on it is the compartment's.
@@ -158,7 +159,7 @@ def _init(spec: CompartmentSpec, host: HostSide, report: Sender, go: int) -> NoR
         confine.limit_resources()
         confine.drop_privileges(spec.capabilities, no_new_privs=spec.no_new_privs)
         report.step = "call filter"
-        confine.filter_calls()
+        confine.filter_calls(strict=spec.strict_calls)
         report.step = "exec"
         environment = dict(entry.split("=", 1) for entry in spec.env)
         # The report pipe among them: its end is the news that exec succeeded.

@@ -16,6 +16,7 @@ import signal
 from typing import Final
 
 from trustme_init.compartments.callfilter import RULES
+from trustme_init.compartments.strictcalls import HIGHEST, STRICT_RULES
 from trustme_init.errors import CompartmentRefusal
 from trustme_init.linux.process import bounding_set, default_signal, drop_bounding
 from trustme_init.linux.seccomp import install
@@ -122,9 +123,12 @@ def drop_privileges(capabilities: frozenset[str], *, no_new_privs: bool) -> None
         raise OSError(errno.EPERM, f"capabilities {sorted(left - keep)} could not be dropped", "prctl")
 
 
-def filter_calls() -> None:
+def filter_calls(*, strict: bool) -> None:
     """Refuse the system calls of `callfilter` from here on. OSError if the kernel has no such filters."""
-    install(RULES)
+    if strict:
+        install(STRICT_RULES, highest=HIGHEST)
+    else:
+        install(RULES)
 
 
 def new_session() -> None:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from trustme_init.compartments.images import mount_image
-from trustme_init.compartments.spec import CompartmentSpec, VolumeSpec
-from trustme_init.errors import CompartmentRefusal
+from trustme_init.compartments.devices import make_nodes, nodes
+from trustme_init.compartments.images import mount_file, mount_image
+from trustme_init.compartments.spec import DEVICE_KINDS, CompartmentSpec, VolumeSpec
+from trustme_init.compartments.volumes import FILE_SYSTEM
+from trustme_init.errors import CompartmentRefusal, StorageRefusal
 from trustme_init.linux.mount import (
     MOUNT_ATTR__ATIME,
+    MOUNT_ATTR_NOATIME,
     MOUNT_ATTR_NODEV,
     MOUNT_ATTR_NOEXEC,
     MOUNT_ATTR_NOSUID,
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 DEVICES: Final = ("full", "null", "random", "tty", "urandom", "zero")
 """Nodes of /dev, besides the pseudo terminals of its own and the console. All are harmless by themselves."""
 
-STAGE_DIRECTORIES: Final = ("lower", "upper", "root", "proc", "sys")
+STAGE_DIRECTORIES: Final = ("lower", "upper", "root", "proc", "sys", "nodes")
 """Places in the stage, the tmpfs that is the compartment's root until its own root is complete."""
 
 _DEV: Final = Path("/dev")
@@ -51,10 +54,12 @@ class HostSide:
     proc: int
     sys: int
     devices: tuple[tuple[str, int], ...]
+    nodes: int | None
+    """Directory with those of the configuration; see `devices`."""
     console: int | None
     socket_dir: int
     volumes: tuple[tuple[VolumeSpec, int | None], ...]
-    """In the order of the specification; the descriptor of a verified image is yet to be idmapped."""
+    """In the order of the specification; the descriptors are yet to be idmapped. None: made inside."""
     log: int | None
 
 
@@ -68,12 +73,15 @@ def gather(spec: CompartmentSpec, machine: Machine, directory: int, stack: ExitS
     try:
         # The images first: nothing else is worth opening if one of them is not what was signed.
         volumes: list[tuple[VolumeSpec, int | None]] = []
-        for volume in spec.volumes:
-            fd = None
-            if volume.image is not None:
-                label = f"{spec.name}-{volume.image.image_file}"
-                fd = keep(mount_image(volume.image, directory, machine.verity, name=label))
-            volumes.append((volume, fd))
+        try:
+            for volume in spec.volumes:
+                fd = _volume(volume, spec, machine, directory)
+                volumes.append((volume, None if fd is None else keep(fd)))
+        finally:
+            # The vault opened their devices for this. From now on each lives as long as its mount, or, if
+            # there is none, ends here.
+            if any(volume.kind in DEVICE_KINDS for volume in spec.volumes):
+                machine.volumes.release(spec.uuid)
         spec.socket_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         return HostSide(
             stage=keep(_stage(spec.uid_base)),
@@ -82,6 +90,7 @@ def gather(spec: CompartmentSpec, machine: Machine, directory: int, stack: ExitS
             proc=keep(_bind(Path("/proc"))),
             sys=keep(_bind(Path("/sys"))),
             devices=tuple((name, keep(_device(_DEV / name))) for name in DEVICES),
+            nodes=_nodes(spec, keep),
             console=keep(_terminal(spec.console, spec.uid_base)) if spec.console is not None else None,
             socket_dir=keep(
                 _bind(
@@ -98,6 +107,35 @@ def gather(spec: CompartmentSpec, machine: Machine, directory: int, stack: ExitS
             "something the compartment needs from the base system is not there",
             evidence=f"{exc.filename}: {exc.strerror}",
             remedy="check the kernel's device and file system options",
+        ) from exc
+
+
+def _volume(volume: VolumeSpec, spec: CompartmentSpec, machine: Machine, directory: int) -> int | None:
+    if volume.image is not None:
+        label = f"{spec.name}-{volume.image.image_file}"
+        return mount_image(volume.image, directory, machine.verity, name=label)
+    if volume.file is not None:
+        return mount_file(volume.file, directory)
+    if volume.device is not None:
+        return _mount_device(volume, volume.device)
+    return None
+
+
+def _mount_device(volume: VolumeSpec, device: Path) -> int:
+    try:
+        return fsopen_mount(
+            FILE_SYSTEM,
+            source=str(device),
+            # What cannot be read fits no key: nothing more is written to a volume of which that is known.
+            options={"errors": "remount-ro"},
+            attrs=MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOATIME,
+        )
+    except OSError as exc:
+        raise StorageRefusal(
+            "volume-not-mountable",
+            "the file system of an encrypted volume cannot be mounted; it is left as it is",
+            evidence=f"{volume.mount_point}: {exc.strerror}",
+            remedy="restore the container's directory from a backup, or wipe the container to begin anew",
         ) from exc
 
 
@@ -122,6 +160,24 @@ def _device(path: Path) -> int:
     if not stat.S_ISCHR(path.lstat().st_mode):
         raise OSError(errno.ENODEV, "is not a character device", str(path))
     return _bind(path, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)
+
+
+def _nodes(spec: CompartmentSpec, keep: Callable[[int], int]) -> int | None:
+    wanted = {name: number for name, number in nodes(spec.devices.allowed).items() if name not in DEVICES}
+    if not wanted:
+        return None
+    # Not those of /dev, whose owner is root of the machine, nor made in the compartment, where the kernel
+    # honours no device node.
+    made = keep(
+        fsopen_mount(
+            "tmpfs",
+            source="nodes",
+            options={"mode": "0755", "size": "65536"},
+            attrs=MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC,
+        )
+    )
+    make_nodes(made, wanted, spec.uid_base)
+    return made
 
 
 def _terminal(path: Path, owner: int) -> int:

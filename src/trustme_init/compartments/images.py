@@ -8,6 +8,7 @@ never returned by a read.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from contextlib import ExitStack
@@ -15,13 +16,23 @@ from typing import TYPE_CHECKING, Final
 
 from trustme_init.errors import CompartmentRefusal, TrustRefusal
 from trustme_init.linux.files import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
-from trustme_init.linux.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, fsopen_mount
+from trustme_init.linux.mount import (
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    fsopen_mount,
+)
 from trustme_init.trust.verity import BLOCK_SIZE, SUPERBLOCK_SIZE
 
 if TYPE_CHECKING:
+    from trustme_init.compartments.spec import VerifiedFile
     from trustme_init.machine import VerityBackend
     from trustme_init.trust.guestos import VerityImage
 
+FILE_NAME: Final = "content"
+"""Of a verified file in the file system that `mount_file` makes."""
+
+_CHUNK: Final = 64 * 1024
 _REMEDY: Final = "copy the GuestOS to the store again"
 
 
@@ -62,6 +73,60 @@ def mount_image(image: VerityImage, directory: int, backend: VerityBackend, *, n
                 evidence=f"{image.image_file}: {image.fs_type}: {exc.strerror}",
                 remedy=f"use a kernel with {image.fs_type} and its compression, or copy the image again",
             ) from exc
+
+
+def mount_file(file: VerifiedFile, directory: int) -> int:
+    """Return a detached mount of a tmpfs whose one file FILE_NAME is a verified copy of the store's.
+
+    What is hashed is what is written: the store's file is read once. The file system has no room for more
+    than the file. TrustRefusal: "image-unreadable", "image-size-mismatch", "image-hash-mismatch".
+    """
+    with ExitStack() as stack:
+        source = _open(directory, f"{file.image_file}.img")
+        stack.callback(os.close, source)
+        with ExitStack() as undo:
+            # The directory takes one inode, and so does the file; a page more, as size 0 means no limit.
+            mount = fsopen_mount(
+                "tmpfs",
+                source="file",
+                options={"mode": "0755", "size": str(-(-file.size // 4096) * 4096), "nr_inodes": "2"},
+                attrs=MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV,
+            )
+            undo.callback(os.close, mount)
+            _copy(source, mount, file)
+            undo.pop_all()
+        return mount
+
+
+def _copy(source: int, mount: int, file: VerifiedFile) -> None:
+    digest = hashlib.sha256()
+    left = file.size
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    target = os.open(FILE_NAME, flags, 0o644, dir_fd=mount)
+    try:
+        os.fchmod(target, 0o644)
+        while data := os.read(source, _CHUNK):
+            left -= len(data)
+            if left < 0:
+                break
+            digest.update(data)
+            os.write(target, data)
+    finally:
+        os.close(target)
+    if left:
+        raise TrustRefusal(
+            "image-size-mismatch",
+            "a file of the GuestOS has not the signed size",
+            evidence=f"{file.image_file}.img, signed {file.size} bytes",
+            remedy=_REMEDY,
+        )
+    if digest.digest() != file.sha256:
+        raise TrustRefusal(
+            "image-hash-mismatch",
+            "a file of the GuestOS is not the one that was signed",
+            evidence=f"{file.image_file}.img: SHA-256 {digest.hexdigest()}",
+            remedy=_REMEDY,
+        )
 
 
 def _open(directory: int, name: str) -> int:

@@ -19,8 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from trustme_init.compartments.devices import on_record
 from trustme_init.compartments.start import Running, cgroup_of, exit_status, start
 from trustme_init.errors import CompartmentRefusal
+from trustme_init.linux.cgroup import EventsWatch
 from trustme_init.linux.files import write_atomic
 from trustme_init.linux.process import pidfd_open, process_start_time, set_child_subreaper
 
@@ -112,6 +114,8 @@ class Compartment:
         self.state = State(record["state"])
         self.started_at = float(record["started_at"])
         self._on_change(self)
+        if self.state is State.FREEZING:
+            self.thaw()  # whoever wanted it frozen is gone with the manager that was asked
         return True
 
     def booted(self) -> None:
@@ -126,11 +130,49 @@ class Compartment:
         """
         if self.running is None or self.state is State.SHUTDOWN:
             return 0.0
+        if self.state in (State.FREEZING, State.FROZEN):
+            self.thaw()  # to shut down in an orderly way it must run
         self._become(State.SHUTDOWN)
         if shutdown():
             return STOP_TIMEOUT
         self.kill()
         return 0.0
+
+    def freeze(self) -> EventsWatch:
+        """Begin to stop all of its processes; FREEZING afterwards.
+
+        The caller waits on what is returned, calls `frozen` at each change, `thaw` if that takes too long.
+        """
+        if self.running is None:
+            raise _not_allowed(self.state, State.FREEZING)
+        watch = EventsWatch(self.running.cgroup)
+        try:
+            self._become(State.FREEZING)
+            self._set_frozen(frozen=True)
+        except BaseException:
+            watch.close()
+            raise
+        return watch
+
+    def frozen(self, events: Mapping[str, int]) -> bool:
+        """Take note of `cgroup.events`; whether it is FROZEN now."""
+        if self.state is State.FREEZING and events.get("frozen"):
+            self._become(State.FROZEN)
+        return self.state is State.FROZEN
+
+    def thaw(self) -> None:
+        """Let its processes go on; RUNNING afterwards."""
+        if self.running is None or self.state not in (State.FREEZING, State.FROZEN):
+            raise _not_allowed(self.state, State.RUNNING)
+        self._set_frozen(frozen=False)
+        self._become(State.RUNNING)
+
+    def _set_frozen(self, *, frozen: bool) -> None:
+        if self.running is not None:
+            try:
+                self.running.cgroup.freeze(frozen=frozen)
+            except OSError as exc:
+                raise _refusal("freeze-failed", "the compartment cannot be frozen or thawed", exc) from exc
 
     def expired(self) -> None:
         """The deadline of `stop` has passed."""
@@ -181,12 +223,7 @@ class Compartment:
 
     def _become(self, state: State) -> None:
         if state not in TRANSITIONS[self.state]:
-            raise CompartmentRefusal(
-                "transition-not-allowed",
-                "the compartment is not in a state for this",
-                evidence=f"{self.state.name} to {state.name}",
-                remedy="wait until it has started or stopped",
-            )
+            raise _not_allowed(self.state, state)
         self.state = state
         self._record()
         self._on_change(self)
@@ -206,6 +243,7 @@ class Compartment:
             "start_time": running.start_time,
             "cgroup": str(running.cgroup.path),
             "started_at": self.started_at,
+            **on_record(self.spec),
         }
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         write_atomic(path, json.dumps(record).encode(), 0o600)
@@ -273,6 +311,15 @@ def _state_path(uuid: str, machine: Machine) -> Path:
 
 def _boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _not_allowed(present: State, wanted: State) -> CompartmentRefusal:
+    return CompartmentRefusal(
+        "transition-not-allowed",
+        "the compartment is not in a state for this",
+        evidence=f"{present.name} to {wanted.name}",
+        remedy="wait until it has started or stopped",
+    )
 
 
 def _refusal(code: str, cause: str, exc: OSError) -> CompartmentRefusal:

@@ -78,11 +78,7 @@ class Receiver:
                 return None
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
-        words = line.decode(errors="replace").split(_SEPARATOR)
-        if words[0] == "failed":
-            code, cause, evidence, remedy = (*words[1:], "", "", "", "")[:4]
-            raise CompartmentRefusal(code, cause, evidence=evidence, remedy=remedy)
-        return words
+        return words_of(line)
 
     def _read(self) -> bytes:
         poll = select.poll()
@@ -95,6 +91,15 @@ class Receiver:
                 remedy="look at the console's kernel messages for a device that does not answer",
             )
         return os.read(self._fd, _LINE_LIMIT)
+
+
+def words_of(line: bytes) -> list[str]:
+    """Return the words of one message; CompartmentRefusal: what a `failed` message says."""
+    words = line.decode(errors="replace").split(_SEPARATOR)
+    if words[0] == "failed":
+        code, cause, evidence, remedy = (*words[1:], "", "", "", "")[:4]
+        raise CompartmentRefusal(code, cause, evidence=evidence, remedy=remedy)
+    return words
 
 
 def _refusal(evidence: str) -> CompartmentRefusal:

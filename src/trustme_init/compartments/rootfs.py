@@ -12,10 +12,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from trustme_init.compartments.spec import CompartmentSpec, VolumeKind, VolumeSpec
+from trustme_init.compartments.devices import nodes as device_nodes
+from trustme_init.compartments.images import FILE_NAME
+from trustme_init.compartments.spec import (
+    FILE_KINDS,
+    READ_ONLY_KINDS,
+    CompartmentSpec,
+    VolumeKind,
+    VolumeSpec,
+)
 from trustme_init.errors import CompartmentRefusal
 from trustme_init.linux.files import (
     RESOLVE_IN_ROOT,
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from trustme_init.compartments.hostside import HostSide
 
 _STRICT: Final = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+_UNSAFE: Final = (errno.ELOOP, errno.ENOTDIR, errno.EEXIST)
 _IN_ROOT: Final = RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 
@@ -54,11 +64,12 @@ class _KernelMount(NamedTuple):
     """Left out where the kernel does not have it."""
 
 
+CGROUP: Final = "sys/fs/cgroup"
 KERNEL_MOUNTS: Final = (
     _KernelMount("proc", "proc", _STRICT, {}),
     _KernelMount("sys", "sysfs", _STRICT | MOUNT_ATTR_RDONLY, {}),
-    # Its own cgroup namespace: its group is the root it sees. Read-only: limits are the manager's to set.
-    _KernelMount("sys/fs/cgroup", "cgroup2", _STRICT | MOUNT_ATTR_RDONLY, {}),
+    # Its own cgroup namespace: its group is the root it sees. Read-only unless groups below are delegated.
+    _KernelMount(CGROUP, "cgroup2", _STRICT | MOUNT_ATTR_RDONLY, {}),
     _KernelMount("dev", "tmpfs", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, {"mode": "0755", "size": "65536"}),
     _KernelMount("run", "tmpfs", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, {"mode": "0755", "size": "16m"}),
 )
@@ -109,14 +120,27 @@ def build(spec: CompartmentSpec, host: HostSide) -> int:
     first, host_fd = host.volumes[0]
     move_mount(_volume(first, host_fd, spec, index=0), "/root")
     root = os.open("/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    writable = first.kind is not VolumeKind.VERIFIED
+    writable = first.kind not in READ_ONLY_KINDS
     for entry in KERNEL_MOUNTS:
+        if entry.place == CGROUP and spec.delegated:
+            entry = entry._replace(attrs=_STRICT)  # noqa: PLW2901 - the row, with what is delegated
         _attach(root, entry.place, _instance(entry), create=writable)
-    _populate_dev(root, host)
+    _populate_dev(root, host, spec)
     _populate_run(root, host)
     _mount_tmp(root)
     for index, (volume, fd) in enumerate(host.volumes[1:], start=1):
-        _attach(root, str(volume.mount_point), _volume(volume, fd, spec, index=index), create=writable)
+        place = str(volume.mount_point)
+        if fd is not None and volume.kind in FILE_KINDS:
+            _attach_content(root, volume, fd, index=index)
+        elif fd is not None and volume.kind in _OVER_PLACE:
+            target = open_place(root, place, create=True)
+            try:
+                layers = _OVER_PLACE[volume.kind](fd, target, index)
+            finally:
+                os.close(target)
+            _attach(root, place, layers, create=False)
+        else:
+            _attach(root, place, _volume(volume, fd, spec, index=index), create=True)
     _forbid_user_namespaces(root)
     _restrict(root)
     return root
@@ -158,7 +182,7 @@ def check_init(root: int, path: str) -> None:
 
 
 def _volume(volume: VolumeSpec, fd: int | None, spec: CompartmentSpec, *, index: int) -> int:
-    """Return the detached mount of one volume."""
+    """Return the detached mount of a volume that hides what is at its mount point."""
     nosuid = MOUNT_ATTR_NOSUID if spec.no_new_privs else 0
     if volume.kind is VolumeKind.TMPFS or fd is None:
         return fsopen_mount(
@@ -167,24 +191,67 @@ def _volume(volume: VolumeSpec, fd: int | None, spec: CompartmentSpec, *, index:
             options={"mode": "0755", "size": str(volume.size)},
             attrs=MOUNT_ATTR_NODEV | nosuid,
         )
-    if volume.kind is VolumeKind.VERIFIED:
+    if volume.kind is not VolumeKind.OVERLAY:
         return fd
     # Made in here and not by the manager: what the overlay copies and creates, it does as the compartment's
     # root, never as the machine's. Layers must lie in a mount tree while the overlay is made: in the stage,
     # where nobody else can reach, below directories of this volume's own.
-    lower, upper = Path(f"/lower/{index}"), Path(f"/upper/{index}")
-    lower.mkdir(0o700)
-    upper.mkdir(0o700)
-    move_mount(fd, lower)
-    move_mount(
+    lower = _stage_layer("lower", index, fd)
+    upper = _stage_layer(
+        "upper",
+        index,
         fsopen_mount(
             "tmpfs", source="upper", options={"mode": "0755", "size": str(volume.size)}, attrs=_STRICT
         ),
-        upper,
     )
+    return _overlay(lower, upper, nosuid)
+
+
+def _overlay_read_only(image: int, place: int, index: int) -> int:
+    """Return the overlay of an image over what is at `place` now, read-only."""
+    lower = _stage_layer("lower", index, open_tree("", dirfd=place))
+    upper = _stage_layer("upper", index, image)
+    return fsopen_mount(
+        "overlay",
+        source="overlay",
+        options={"lowerdir": f"{upper}:{lower}", "userxattr": None, "ro": None},
+        attrs=MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | MOUNT_ATTR_RDONLY,
+    )
+
+
+def _overlay_encrypted(volume: int, place: int, index: int) -> int:
+    """Return the overlay whose writable layer is a lasting volume, over what is at `place` now."""
+    lower = _stage_layer("lower", index, open_tree("", dirfd=place))
+    return _overlay(lower, _stage_layer("upper", index, volume), MOUNT_ATTR_NOSUID)
+
+
+_OVER_PLACE: Final = {
+    VolumeKind.OVERLAY_READ_ONLY: _overlay_read_only,
+    VolumeKind.ENCRYPTED_OVERLAY: _overlay_encrypted,
+}
+"""Kinds that show what is at their mount point too."""
+
+
+def _stage_layer(kind: str, index: int, fd: int) -> Path:
+    path = Path(f"/{kind}/{index}")
+    path.mkdir(0o700)
+    move_mount(fd, path)
+    return path
+
+
+def _overlay(lower: Path, upper: Path, attrs: int) -> int:
+    """Return an overlay with the writable layer in `upper`, which may have been used as that before."""
     data, work = upper / "data", upper / "work"
-    data.mkdir(0o755)
-    work.mkdir(0o700)
+    try:
+        data.mkdir(0o755)
+    except FileExistsError:
+        pass  # of an earlier start: its owner and mode are the container's own by now
+    else:
+        # The top of the overlay has those of this layer, and should have those of what it covers.
+        covered = lower.stat()
+        os.chown(data, covered.st_uid, covered.st_gid)
+        data.chmod(stat.S_IMODE(covered.st_mode))
+    work.mkdir(0o700, exist_ok=True)
     return fsopen_mount(
         "overlay",
         source="overlay",
@@ -195,8 +262,28 @@ def _volume(volume: VolumeSpec, fd: int | None, spec: CompartmentSpec, *, index:
             # trusted.* attributes need privileges over the machine.
             "userxattr": None,
         },
-        attrs=MOUNT_ATTR_NODEV | nosuid,
+        attrs=MOUNT_ATTR_NODEV | attrs,
     )
+
+
+def _attach_content(root: int, volume: VolumeSpec, fd: int, *, index: int) -> None:
+    """Attach the one file of a file system at a file of the image, or at a new one."""
+    holder = _stage_layer("upper", index, fd)
+    content = open_tree(holder / FILE_NAME)
+    place = volume.mount_point
+    target = open_place(root, str(place.parent), create=True)
+    try:
+        if volume.kind is VolumeKind.FILE:
+            mount_setattr(content, set_=MOUNT_ATTR_RDONLY)
+        with suppress(FileExistsError):
+            os.close(os.open(place.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=target))
+        if not stat.S_ISREG(os.stat(place.name, dir_fd=target, follow_symlinks=False).st_mode):
+            raise OSError(errno.EEXIST, "is not a regular file", place.name)
+        _attach_file(target, place.name, content)
+    except OSError as exc:
+        raise _bad_place(str(place), str(exc.strerror), unsafe=exc.errno in _UNSAFE) from exc
+    finally:
+        os.close(target)
 
 
 def _instance(entry: _KernelMount) -> int:
@@ -238,17 +325,20 @@ def open_place(root: int, place: str, *, create: bool) -> int:
             here = below
     except OSError as exc:
         os.close(here)
-        unsafe = exc.errno in (errno.ELOOP, errno.ENOTDIR, errno.EEXIST)
-        raise CompartmentRefusal(
-            "mount-point-unsafe" if unsafe else "mount-point-missing",
-            "a mount point in the image is not a plain directory" if unsafe else "a mount point is missing",
-            evidence=f"{walked}: {exc.strerror}",
-            remedy="make every mount point a directory of the image",
-        ) from exc
+        raise _bad_place(str(walked), str(exc.strerror), unsafe=exc.errno in _UNSAFE) from exc
     return here
 
 
-def _populate_dev(root: int, host: HostSide) -> None:
+def _bad_place(place: str, why: str, *, unsafe: bool) -> CompartmentRefusal:
+    return CompartmentRefusal(
+        "mount-point-unsafe" if unsafe else "mount-point-missing",
+        "a mount point in the image is not what it has to be" if unsafe else "a mount point is missing",
+        evidence=f"{place}: {why}",
+        remedy="make every mount point a directory of the image, and that of a single file a file",
+    )
+
+
+def _populate_dev(root: int, host: HostSide, spec: CompartmentSpec) -> None:
     dev = open_place(root, "dev", create=False)
     try:
         for entry in DEV_MOUNTS:
@@ -260,6 +350,7 @@ def _populate_dev(root: int, host: HostSide) -> None:
                 raise
             os.mkdir(entry.place, 0o755, dir_fd=dev)
             _attach(dev, entry.place, instance, create=False)
+        _populate_nodes(dev, host, spec)
         nodes = [*host.devices]
         if host.console is not None:
             nodes.append(("console", host.console))
@@ -270,6 +361,24 @@ def _populate_dev(root: int, host: HostSide) -> None:
             os.symlink(target, name, dir_fd=dev)
     finally:
         os.close(dev)
+
+
+def _populate_nodes(dev: int, host: HostSide, spec: CompartmentSpec) -> None:
+    """Put the nodes of the configuration where the base system has them."""
+    if host.nodes is None:
+        return
+    move_mount(host.nodes, "/nodes")  # whence they can be taken one by one
+    for name in device_nodes(spec.devices.allowed):
+        source = Path("/nodes", name)
+        if not source.exists():
+            continue
+        place, plain = os.path.split(name)
+        directory = open_place(dev, place, create=True)
+        try:
+            os.close(os.open(plain, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=directory))
+            _attach_file(directory, plain, open_tree(source))
+        finally:
+            os.close(directory)
 
 
 def _attach_file(directory: int, name: str, fd: int) -> None:

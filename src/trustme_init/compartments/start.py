@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from trustme_init.compartments import child, confine
+from trustme_init.compartments import child, confine, devices, network
 from trustme_init.compartments.hostside import gather
 from trustme_init.compartments.report import Receiver, Sender
 from trustme_init.errors import CompartmentRefusal
-from trustme_init.linux.cgroup import Cgroup
+from trustme_init.linux.cgroup import Cgroup, Limits
 from trustme_init.linux.mount import mount_setattr
 from trustme_init.linux.process import pidfd_open, process_start_time, set_child_subreaper
 
@@ -50,6 +50,8 @@ class Running:
     cgroup: Cgroup
     phases: dict[str, float] = field(default_factory=dict)
     """Milliseconds of each phase of the start; empty after an adoption."""
+    absent: tuple[str, ...] = ()
+    """Physical interfaces that it was to get and that were not there."""
 
 
 class _Clock:
@@ -80,6 +82,9 @@ def start(spec: CompartmentSpec, machine: Machine, directory: int) -> Running:
     """
     clock = _Clock()
     confine.check_names(spec.capabilities)
+    devices.check_exclusive(spec, machine)
+    if spec.network != network.Network():
+        machine.network.warm()  # ready when it is needed
     with ExitStack() as opened:
         host = gather(spec, machine, directory, opened)
         clock.phase("images")
@@ -87,7 +92,7 @@ def start(spec: CompartmentSpec, machine: Machine, directory: int) -> Running:
             with ExitStack() as undo:
                 group = _make_cgroup(spec, machine, undo)
                 clock.phase("cgroup")
-                running = _fork_and_follow(spec, host, group, clock, (opened, undo))
+                running = _fork_and_follow(spec, machine, (host, group, clock), (opened, undo))
                 undo.pop_all()
         except OSError as exc:
             raise CompartmentRefusal(
@@ -114,13 +119,21 @@ def _make_cgroup(spec: CompartmentSpec, machine: Machine, undo: ExitStack) -> Cg
             remedy="stop the compartment first",
         )
     undo.callback(group.remove)
-    machine.controllers.limit(group.path, memory_max=spec.memory_max, pids_max=spec.pids_max)
+    limits = Limits(spec.memory_max, spec.pids_max, spec.cpus, spec.cpu_percent)
+    machine.controllers.limit(group.path, limits)
+    devices.restrict(group, spec)
+    if spec.delegated:
+        group.delegate(spec.uid_base)
     return group
 
 
 def _fork_and_follow(
-    spec: CompartmentSpec, host: HostSide, group: Cgroup, clock: _Clock, stacks: tuple[ExitStack, ExitStack]
+    spec: CompartmentSpec,
+    machine: Machine,
+    built: tuple[HostSide, Cgroup, _Clock],
+    stacks: tuple[ExitStack, ExitStack],
 ) -> Running:
+    host, group, clock = built
     opened, undo = stacks
     set_child_subreaper(enabled=True)
     family: list[int] = []
@@ -140,13 +153,33 @@ def _fork_and_follow(
     undo.callback(os.close, pidfd)
     started = process_start_time(pid)
     clock.phase("init forked")
+    absent = network.attach(spec.network, network.Identity(pid, started), _core(machine), machine.network)
+    clock.phase("network")
     go.next(2)
     os.waitpid(go.pid, 0)
     family.remove(go.pid)
     report.expect_end()
     _check_alive(pid, pidfd)
     clock.phase("exec")
-    return Running(spec.uuid, pid, pidfd, started, group, clock.phases)
+    return Running(spec.uuid, pid, pidfd, started, group, clock.phases, tuple(absent))
+
+
+def _clocks_from_now() -> str:
+    """Let the clocks that count from the boot begin with the container (time_namespaces(7)).
+
+    How long the device has been up is none of its business.
+    """
+    clocks = (("monotonic", time.CLOCK_MONOTONIC), ("boottime", time.CLOCK_BOOTTIME))
+    return "".join(f"{name} -{int(time.clock_gettime(clock))} 0\n" for name, clock in clocks)
+
+
+def _core(machine: Machine) -> network.Identity | None:
+    """Return the core's init as it is on record, which is where containers are connected to."""
+    from trustme_init.compartments.lifecycle import read_state
+    from trustme_init.compartments.spec import CORE_UUID
+
+    record = read_state(CORE_UUID, machine)
+    return None if record is None else network.Identity(record["pid"], record["start_time"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +223,8 @@ def _map_ids(spec: CompartmentSpec, host: HostSide, builder: int) -> None:
     process = Path(f"/proc/{builder}")
     for name in ("uid_map", "gid_map"):
         (process / name).write_text(f"0 {spec.uid_base} {spec.uid_count}\n")
+    if spec.time_namespace:
+        (process / "timens_offsets").write_text(_clocks_from_now())
     user_namespace = os.open(process / "ns/user", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for _, fd in host.volumes:

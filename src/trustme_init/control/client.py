@@ -92,6 +92,15 @@ class ControlClient:
                 raise self._refusal("malformed-reply", str(self._decoder.failure.evidence))
         return self._parse(self._bodies.pop(0))
 
+    def fileno(self) -> int:
+        """Return the connection's descriptor, to wait on; there must have been a request."""
+        return -1 if self._socket is None else self._socket.fileno()
+
+    @property
+    def buffered(self) -> bool:
+        """Whether the next reply has arrived already."""
+        return bool(self._bodies)
+
     def logs(self, *, remove: bool = False) -> Iterator[DaemonToController]:
         """Yield log fragments as they come, then the closing RESPONSE."""
         reply = self.request(ControllerToDaemon(command=ControllerToDaemon.GET_LAST_LOG, remove_logs=remove))

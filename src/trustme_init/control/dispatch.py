@@ -17,12 +17,24 @@ from google.protobuf.message import DecodeError
 
 from trustme_init.control import gate
 from trustme_init.control.framing import REPLY_LIMIT
-from trustme_init.control.handlers import containers, device, guestos, lifecycle, logs, provisioning, tokens
-from trustme_init.control.handlers.reply import Context, Handler, Replies, response
+from trustme_init.control.handlers import (
+    containers,
+    device,
+    exec,  # noqa: A004 - the family's name
+    freezer,
+    guestos,
+    interfaces,
+    lifecycle,
+    logs,
+    provisioning,
+    tokens,
+)
+from trustme_init.control.handlers.reply import Context, Converse, Handler, Replies, response
 from trustme_init.control.screen import screen_request
+from trustme_init.control.sockets import no_peer
 from trustme_init.control.state import DeviceState
 from trustme_init.control.throttle import Log, ThrottledLog
-from trustme_init.control.transport import Answer, Flush, Wait
+from trustme_init.control.transport import Answer, Flush, Listen, Wait
 from trustme_init.errors import ControlRefusal
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController
@@ -31,6 +43,9 @@ Push = Callable[[bytes], bool]
 
 HANDLERS: Final[Mapping[int, Handler]] = {
     Request.LIST_GUESTOS_CONFIGS: guestos.list_configs,
+    Request.PUSH_GUESTOS_CONFIG: guestos.push_config,
+    Request.PUSH_GUESTOS_IMAGE: guestos.push_image,
+    Request.REMOVE_GUESTOS: guestos.remove,
     Request.LIST_CONTAINERS: containers.list_containers,
     Request.GET_CONTAINER_STATUS: containers.status,
     Request.GET_CONTAINER_CONFIG: containers.config,
@@ -42,6 +57,13 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     Request.DESTROY_SYSTEM: device.destroy,
     Request.CONTAINER_START: containers.start,
     Request.CONTAINER_STOP: containers.stop,
+    Request.CONTAINER_FREEZE: freezer.freeze,
+    Request.CONTAINER_UNFREEZE: freezer.unfreeze,
+    Request.CONTAINER_ASSIGNIFACE: interfaces.move(into=True),
+    Request.CONTAINER_UNASSIGNIFACE: interfaces.move(into=False),
+    Request.CONTAINER_LIST_IFACES: interfaces.list_interfaces,
+    Request.CONTAINER_EXEC_CMD: exec.execute,
+    Request.CONTAINER_EXEC_INPUT: exec.unexpected_input,
     Request.GET_PROVISIONING_STATUS: provisioning.status,
     Request.SET_PROVISIONED: provisioning.complete,
     Request.PULL_DEVICE_CSR: provisioning.pull_csr,
@@ -63,29 +85,20 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     Request.APPLY_STATEMENT: lifecycle.apply,
     Request.GET_LIFECYCLE_STATUS: lifecycle.status,
     Request.CHANGE_DEVICE_PIN: tokens.change_device_pin,
-    Request.CONTAINER_CHANGE_TOKEN_PIN: tokens.change_container_pin,
+    Request.CONTAINER_CHANGE_TOKEN_PIN: containers.change_pin,
+    Request.CONTAINER_CMLD_HANDLES_PIN: containers.handles_pin,
+    Request.CREATE_CONTAINER: containers.create,
+    Request.CONTAINER_UPDATE_CONFIG: containers.update,
+    Request.REMOVE_CONTAINER: containers.remove,
+    Request.CONTAINER_WIPE: containers.wipe,
+    Request.RELOAD_CONTAINERS: containers.reload,
 }
 
 NOT_YET: Final = frozenset(
     {
-        Request.PUSH_GUESTOS_CONFIG,
-        Request.RELOAD_CONTAINERS,
-        Request.CREATE_CONTAINER,
-        Request.REMOVE_CONTAINER,
-        Request.REMOVE_GUESTOS,
-        Request.CONTAINER_FREEZE,
-        Request.CONTAINER_UNFREEZE,
-        Request.CONTAINER_WIPE,
         Request.CONTAINER_SNAPSHOT,
         Request.CONTAINER_ALLOWAUDIO,
         Request.CONTAINER_DENYAUDIO,
-        Request.CONTAINER_ASSIGNIFACE,
-        Request.CONTAINER_UNASSIGNIFACE,
-        Request.CONTAINER_LIST_IFACES,
-        Request.CONTAINER_EXEC_CMD,
-        Request.CONTAINER_EXEC_INPUT,
-        Request.CONTAINER_UPDATE_CONFIG,
-        Request.CONTAINER_CMLD_HANDLES_PIN,
         Request.CONTAINER_DEV_ACCESS,
     }
 )
@@ -110,7 +123,9 @@ class Dispatcher:
         self._log = ThrottledLog(log, "control")
         self._handlers: dict[int, Handler] = {**dict.fromkeys(NOT_YET, not_yet), **handlers}
 
-    def answer(self, body: bytes, socket: gate.Socket, push: Push) -> Answer:
+    def answer(
+        self, body: bytes, socket: gate.Socket, push: Push, peer: Callable[[], int] = no_peer
+    ) -> Answer:
         """Yield the reply bodies of one request; at least one, unless closed early."""
         try:
             request = parse(body)
@@ -127,10 +142,12 @@ class Dispatcher:
             def later(message: DaemonToController) -> bool:
                 return push(message.SerializeToString())
 
-            with closing(handler(Context(self._state, request, later))) as replies:
+            with closing(handler(Context(self._state, request, later, peer))) as replies:
                 for reply in replies:
                     if isinstance(reply, Flush | Wait):
                         yield reply
+                    elif isinstance(reply, Converse):
+                        yield self._listen(reply, socket)
                     else:
                         body = _serialise(reply)
                         ended = reply.code == DaemonToController.RESPONSE
@@ -139,6 +156,17 @@ class Dispatcher:
             self._log(f"{_name(command)} failed: {type(exc).__name__}: {exc}")
             if not ended:
                 yield _FAILED
+
+    def _listen(self, converse: Converse, socket: gate.Socket) -> Listen:
+        def accept(body: bytes) -> bool:
+            try:
+                request = parse(body)
+            except ControlRefusal:
+                return False  # it gets its answer when it has its turn
+            command = request.command if request.HasField("command") else 0
+            return gate.allows(command, self._state.mode(), socket) and converse.accept(request)
+
+        return Listen(converse.start, accept)
 
 
 def parse(body: bytes) -> Request:

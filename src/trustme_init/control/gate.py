@@ -5,7 +5,7 @@ Rules:
 
 - What is not in the table is refused. A refusal is `RESPONSE CMD_UNSUPPORTED`.
 - The table says what is *allowed*; control.dispatch says what exists. Neither hides gaps of the other.
-- An unprivileged socket (of a container whose GuestOS may install guests) has two commands, in either mode.
+- An unprivileged socket (of a container whose GuestOS may install guests) has three commands, in either mode.
 
 Differences from the original, on purpose: REGISTER_LOCALCA is never open on an unprivileged socket, where
 the original lets a container replace the local root of a provisioned device (interop T11).
@@ -96,6 +96,7 @@ GATE: Final = (
     Rule(Request.REGISTER_LIFECYCLE_CA, PROVISIONING),
     Rule(Request.APPLY_STATEMENT, ALWAYS, NEVER, "refused by name in provisioning, where none is needed"),
     Rule(Request.GET_LIFECYCLE_STATUS, ALWAYS),
+    Rule(Request.PUSH_GUESTOS_IMAGE, ALWAYS, ALWAYS, "for the process whose GuestOS is being installed"),
 )
 
 _RULES: Final = {rule.command: rule for rule in GATE}

@@ -39,4 +39,4 @@ class ControlServer(FrameServer):
 
     def respond(self, connection: Connection, body: bytes) -> Answer:
         """Answer as the gate and the handlers say."""
-        return self._dispatcher.answer(body, self._kind, connection.push)
+        return self._dispatcher.answer(body, self._kind, connection.push, connection.peer)

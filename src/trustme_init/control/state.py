@@ -11,12 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from trustme_init.control.installing import Installing
 from trustme_init.errors import Refusal
 from trustme_init.proto import container_pb2 as container
 from trustme_init.proto.guestos_pb2 import GuestOSConfig
 from trustme_init.provisioning.mode import Mode
+
+if TYPE_CHECKING:
+    from trustme_init.compartments.lifecycle import Compartment
+    from trustme_init.control.loop import Loop
+    from trustme_init.machine import NetworkBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,11 @@ class ContainerView:
     init_env: Sequence[str] = ()
     config: container.ContainerConfig | None = None
     """The signed configuration where there is one: sent instead of what the fields above imply."""
+    needs_pin: bool = False
+    problem: str = ""
+    """Why it cannot be started; empty for one in order."""
+    token: str = ""
+    """What protects its key, and how that stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,49 @@ Answered = Callable[[Mapping[str, Any], Refusal | None], None]
 """Takes what the vault returned, and why it returned nothing."""
 
 
+class Containers(Protocol):
+    """The containers beside the core. What is asked for takes time: `done` is called once, later or at once.
+
+    Every `done` may get ControlRefusal("container-unknown"), and what the vault refuses.
+    """
+
+    def when_known(self, done: Callable[[], None]) -> None:
+        """Call `done` as soon as it is known which containers there are: at once, but after a boot."""
+        ...
+
+    def create(self, config: bytes, signature: bytes, certificate: bytes, done: Answered) -> None:
+        """Create a container; the result says of it what `containers.operations` says."""
+        ...
+
+    def update(self, uuid: str, parts: tuple[bytes, bytes, bytes], done: Answered) -> None:
+        """Replace its configuration (text, signature, certificate): when it runs, from its end on."""
+        ...
+
+    def remove(self, uuid: str, done: Answered) -> None:
+        """Kill it if it runs, and remove it with its data."""
+        ...
+
+    def wipe(self, uuid: str, done: Answered) -> None:
+        """Remove the data of a container that does not run (ControlRefusal "container-running")."""
+        ...
+
+    def start(self, uuid: str, pin: str | None, done: Answered) -> None:
+        """Start it; `done` is called when its init has been executed. ControlRefusal "container-running"."""
+        ...
+
+    def stop(self, uuid: str, pin: str | None, done: Answered) -> None:
+        """Begin to stop it; `done` is called when that has begun. ControlRefusal "container-not-running"."""
+        ...
+
+    def change_pin(self, uuid: str, pin: str, new_pin: str, done: Answered) -> None:
+        """Change the PIN of its token, or set the first one."""
+        ...
+
+    def reload(self, done: Answered) -> None:
+        """Read everything anew."""
+        ...
+
+
 class DeviceState(Protocol):
     """The device as the control interface sees it."""
 
@@ -92,6 +146,30 @@ class DeviceState(Protocol):
 
     def container(self, uuid: str) -> ContainerView | None:
         """Return one container, None when there is none with this UUID."""
+        ...
+
+    def compartment(self, uuid: str) -> Compartment | None:
+        """Return the compartment of a container, running or not; None when there is no such container."""
+        ...
+
+    @property
+    def loop(self) -> Loop:
+        """The loop that all of this runs in."""
+        ...
+
+    @property
+    def network(self) -> NetworkBackend:
+        """What moves interfaces."""
+        ...
+
+    @property
+    def installations(self) -> Installing:
+        """What installs and removes GuestOSes."""
+        ...
+
+    @property
+    def guests(self) -> Containers:
+        """The containers beside the core, for what changes them."""
         ...
 
     def guestos_list(self) -> Sequence[GuestOsView]:

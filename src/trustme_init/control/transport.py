@@ -17,10 +17,7 @@ Rules (threat row 34):
 from __future__ import annotations
 
 import enum
-import errno
-import os
 import socket
-import struct
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator
@@ -31,17 +28,14 @@ from typing import Final
 
 from trustme_init.control.framing import MIB, REPLY_LIMIT, REQUEST_LIMIT, FrameDecoder, encode_frame
 from trustme_init.control.loop import Loop, Timer
+from trustme_init.control.sockets import listen, peer_of, peer_process
 from trustme_init.control.throttle import Log, ThrottledLog
-from trustme_init.errors import ControlRefusal
 
 CHUNK: Final = 64 * 1024
 """Bytes read from a client at a time, and so the most unparsed small requests it can have waiting here."""
 ACCEPTS_PER_TURN: Final = 16
-BACKLOG: Final = 128
 ACCEPT_PAUSE: Final = 0.1
 """Seconds without accepting after the process ran out of descriptors or memory."""
-SO_PASSRIGHTS: Final = 83
-"""Whether descriptors may be sent over a Unix socket (Linux 6.16; include/uapi/asm-generic/socket.h)."""
 
 
 class Flush(enum.Enum):
@@ -63,7 +57,19 @@ class Wait:
     start: Callable[[Callable[[], None]], None]
 
 
-Answer = Generator[bytes | Flush | Wait, None, None]
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Like Wait, for a conversation: meanwhile each further request of the connection goes to `accept` first.
+
+    What `accept` refuses has its turn after this answer, and so has all behind it. A client that leaves, or
+    ends its side, ends the answer. It may read as slowly as it likes.
+    """
+
+    start: Callable[[Callable[[], None]], None]
+    accept: Callable[[bytes], bool]
+
+
+Answer = Generator[bytes | Flush | Wait | Listen, None, None]
 """What one request gets: bodies, made one by one as the client takes them."""
 
 
@@ -93,8 +99,10 @@ class Connection:
 
     __slots__ = (
         "_server",
+        "accept",
         "answer",
         "closed",
+        "conversing",
         "deadline_frame",
         "deadline_write",
         "decoder",
@@ -118,6 +126,8 @@ class Connection:
         self.decoder = FrameDecoder(server.limits.request)
         self.pending: deque[bytes] = deque()
         self.answer: Answer | None = None
+        self.accept: Callable[[bytes], bool] | None = None
+        self.conversing = False
         self.flushing = False
         self.out: deque[memoryview] = deque()
         self.out_bytes = 0
@@ -143,6 +153,10 @@ class Connection:
     def push(self, body: bytes) -> bool:
         """Send a message outside any answer; False when the client is gone or does not read."""
         return self._server.push(self, body)
+
+    def peer(self) -> int:
+        """Return a pidfd of the process that connected; see `sockets.peer_process`."""
+        return peer_process(self.sock)
 
 
 class FrameServer:
@@ -288,7 +302,9 @@ class FrameServer:
         self._write(connection)
         if connection.closed:
             return
-        if connection.answer is not None or connection.pending:
+        if connection.accept is not None:
+            self._listen(connection)
+        elif connection.answer is not None or connection.pending:
             self._read_no_more(connection)
             if not connection.out and not connection.waiting:
                 self._soon(connection)  # otherwise the writer, or what it waits for, takes it from here
@@ -297,6 +313,18 @@ class FrameServer:
         elif not connection.out:
             self._close(connection)
         self._watch_time(connection)
+
+    def _listen(self, connection: Connection) -> None:
+        while connection.pending and connection.accept is not None:
+            if not connection.accept(connection.pending[0]):
+                break
+            connection.pending.popleft()
+        if connection.eof:
+            self._close(connection)
+        elif connection.pending:
+            self._read_no_more(connection)
+        else:
+            self._read_on(connection)
 
     def _read_on(self, connection: Connection) -> None:
         if not connection.reading:
@@ -323,17 +351,21 @@ class FrameServer:
                 return
             if part is None:
                 connection.answer = answer = None
+                connection.conversing = False
                 connection.last_used = time.monotonic()
             elif isinstance(part, Flush):
                 connection.flushing = True
-            elif isinstance(part, Wait):
+            elif isinstance(part, Wait | Listen):
                 connection.waiting = True
+                if isinstance(part, Listen):
+                    connection.accept, connection.conversing = part.accept, True
                 part.start(lambda: self._resume_answer(connection))
             else:
                 self._queue(connection, part)
 
     def _resume_answer(self, connection: Connection) -> None:
         connection.waiting = False
+        connection.accept = None
         if not connection.closed:
             self._soon(connection)
 
@@ -392,7 +424,7 @@ class FrameServer:
 
     def _deadline(self, connection: Connection) -> float | None:
         deadlines = []
-        if connection.deadline_write is not None:
+        if connection.deadline_write is not None and not connection.conversing:
             deadlines.append(connection.deadline_write)
         if connection.reading and connection.deadline_frame is not None:
             deadlines.append(connection.deadline_frame)
@@ -456,49 +488,3 @@ class FrameServer:
                 answer.close()
         except Exception as exc:  # noqa: BLE001 - see _guarded
             self._log(f"after a connection: {type(exc).__name__}: {exc}")
-
-
-def peer_of(sock: socket.socket) -> tuple[int, int]:
-    """Return process id and user id of the other end, as they were when it connected (SO_PEERCRED)."""
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
-
-
-def listen(path: Path, *, uid: int, gid: int) -> tuple[socket.socket, int]:
-    """Return a listening, non-blocking socket that appears at `path` in one step, and its inode number.
-
-    It is made beside `path`, gets mode 0600 and its owner before anyone could connect, listens, and is then
-    renamed over whatever a predecessor left. ControlRefusal("socket-unavailable").
-    """
-    beside = f".{path.name}.{os.getpid()}"
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    directory = -1
-    # A descriptor that a client sends would be closed by this process, which can take as long as the client
-    # likes (SO_LINGER). Connections inherit this. For older kernels see compartments/callfilter.py.
-    with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
-    try:
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(FileNotFoundError):
-            os.unlink(beside, dir_fd=directory)
-        umask = os.umask(0o177)
-        try:
-            # By way of the directory's descriptor: a socket address holds no more than 107 bytes of path.
-            sock.bind(f"/proc/self/fd/{directory}/{beside}")
-        finally:
-            os.umask(umask)
-        os.chown(beside, uid, gid, dir_fd=directory, follow_symlinks=False)
-        sock.listen(BACKLOG)
-        inode = os.stat(beside, dir_fd=directory, follow_symlinks=False).st_ino
-        os.rename(beside, path.name, src_dir_fd=directory, dst_dir_fd=directory)
-    except OSError as exc:
-        sock.close()
-        raise ControlRefusal(
-            "socket-unavailable",
-            "a control socket cannot be made",
-            evidence=f"{path}: {exc.strerror or errno.errorcode.get(exc.errno or 0, exc)}",
-        ) from exc
-    finally:
-        if directory >= 0:
-            os.close(directory)
-    return sock, inode

@@ -16,11 +16,34 @@ from typing import Final
 from trustme_init.errors import CompartmentRefusal
 
 REQUIRED_CONTROLLERS: Final = ("memory", "pids")
-FAIR_CONTROLLER: Final = "cpu"
-"""Used where it is offered: a compartment then competes for the processor as one, however many processes it
-has; the manager in the root group, whose every process counts for ten such groups, always gets its turn."""
+OPTIONAL_CONTROLLERS: Final = ("cpu", "cpuset", "io")
+"""Used where they are offered. With cpu a compartment competes for the processor as one, however many
+processes it has; the manager in the root group, whose every process counts for ten such groups, always gets
+its turn. With io it likewise competes for the disk as one, where the disk's scheduler knows weights, and what
+it writes is charged to it; with cpuset it can be kept to some of the processors."""
+SUBTREE_GROUPS: Final = 64
+SUBTREE_DEPTH: Final = 8
+"""What a compartment may make below its own group: each group costs kernel memory and walks over the tree."""
+_DELEGATED: Final = ("cgroup.procs", "cgroup.subtree_control", "cgroup.threads")
+"""The files that a delegatee needs (cgroup-v2.rst, "Model of Delegation"); limits are not among them."""
+_CPU_PERIOD: Final = 100_000
+"""Microseconds, the kernel's default."""
 _REMOVE_PATIENCE: Final = 0.001
 """Seconds before rmdir is tried again: the last task's exit is accounted just after cgroup.events says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a compartment may use."""
+
+    memory_max: int
+    """Bytes."""
+    pids_max: int
+    """Processes and threads."""
+    cpus: str = ""
+    """Processors as a list ("0-1,3"), empty for all."""
+    cpu_percent: int = 0
+    """Of one processor, so 150 is one and a half; 0 for no limit but fairness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +84,20 @@ class Cgroup:
     def populated(self) -> bool:
         """Whether a process lives in the group or below it."""
         return bool(self.events().get("populated"))
+
+    def freeze(self, *, frozen: bool) -> None:
+        """Begin to stop, or to continue, every process in the group and below; see `EventsWatch`."""
+        self.write("cgroup.freeze", str(int(frozen)))
+
+    def delegate(self, owner: int) -> None:
+        """Let user `owner` make groups below this one and move its processes between them, within bounds.
+
+        The limits of this group itself stay out of its reach: their files remain ours.
+        """
+        self.write("cgroup.max.descendants", str(SUBTREE_GROUPS))
+        self.write("cgroup.max.depth", str(SUBTREE_DEPTH))
+        for place in (self.path, *(self.path / name for name in _DELEGATED)):
+            os.chown(place, owner, owner)
 
     def kill(self) -> None:
         """Send SIGKILL to every process in the group and below, forks that race with it included."""
@@ -114,8 +151,34 @@ class Cgroup:
             os.close(fd)
 
 
+class EventsWatch:
+    """Changes of a group's cgroup.events, for a loop: `fileno` is readable when there was one.
+
+    The file itself says so only as an exceptional condition, which selectors do not wait for; an epoll
+    descriptor that does is readable in its stead.
+    """
+
+    def __init__(self, group: Cgroup) -> None:
+        self._file = os.open(group.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._file, select.EPOLLPRI)
+
+    def fileno(self) -> int:
+        """Return what to watch."""
+        return self._epoll.fileno()
+
+    def read(self) -> dict[str, int]:
+        """Return the present events, and wait for the next change from here on."""
+        return parse_flat(os.pread(self._file, 4096, 0).decode())
+
+    def close(self) -> None:
+        """Give the descriptors up; stop watching `fileno` before."""
+        self._epoll.close()
+        os.close(self._file)
+
+
 class KernelControllers:
-    """The controllers every compartment is under: memory and pids, and cpu where there is one."""
+    """The controllers every compartment is under: memory and pids, and others where they are offered."""
 
     def enable(self, parent: Path) -> None:
         """Delegate the controllers to the children of `parent`.
@@ -127,7 +190,7 @@ class KernelControllers:
             missing = [name for name in REQUIRED_CONTROLLERS if name not in available]
             if not missing:
                 enabled = (parent / "cgroup.subtree_control").read_text().split()
-                names = [*REQUIRED_CONTROLLERS, *({FAIR_CONTROLLER} & set(available))]
+                names = [*REQUIRED_CONTROLLERS, *(name for name in OPTIONAL_CONTROLLERS if name in available)]
                 wanted = [f"+{name}" for name in names if name not in enabled]
                 if wanted:
                     Cgroup(parent).write("cgroup.subtree_control", " ".join(wanted))
@@ -146,24 +209,40 @@ class KernelControllers:
                 remedy="use a kernel with these controllers, and no cgroup version 1 hierarchy for them",
             )
 
-    def limit(self, group: Path, *, memory_max: int, pids_max: int) -> None:
-        """Set the limits of `group` (bytes, processes); CompartmentRefusal("limit-failed")."""
+    def limit(self, group: Path, limits: Limits) -> None:
+        """Set the limits of `group`; CompartmentRefusal("limit-failed", "controller-missing")."""
         target = Cgroup(group)
         try:
-            target.write("memory.max", str(memory_max))
+            target.write("memory.max", str(limits.memory_max))
             # The whole compartment goes down rather than limping on without one of its processes.
             target.write("memory.oom.group", "1")
-            target.write("pids.max", str(pids_max))
+            target.write("pids.max", str(limits.pids_max))
             # Absent where the kernel has no swap: then there is nothing to forbid.
             with suppress(FileNotFoundError):
                 target.write("memory.swap.max", "0")
+            if limits.cpu_percent:
+                _write_optional(target, "cpu.max", f"{limits.cpu_percent * _CPU_PERIOD // 100} {_CPU_PERIOD}")
+            if limits.cpus:
+                _write_optional(target, "cpuset.cpus", limits.cpus)
         except OSError as exc:
             raise CompartmentRefusal(
                 "limit-failed",
                 "a resource limit of the compartment cannot be set",
                 evidence=f"{exc.filename}: {exc.strerror}",
-                remedy="check the kernel's cgroup options",
+                remedy="check the limits in its configuration, and the kernel's cgroup options",
             ) from exc
+
+
+def _write_optional(target: Cgroup, name: str, value: str) -> None:
+    try:
+        target.write(name, value)
+    except FileNotFoundError as exc:
+        raise CompartmentRefusal(
+            "controller-missing",
+            "the configuration asks for a limit that this kernel cannot keep",
+            evidence=f"{name}: no such controller",
+            remedy=f"use a kernel with the {name.partition('.')[0]} controller, or take the limit out",
+        ) from exc
 
 
 def parse_flat(text: str) -> dict[str, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device mapper ioctls, as far as dm-verity needs them (include/uapi/linux/dm-ioctl.h, version 4).
+"""Device mapper ioctls, as far as the device needs them (include/uapi/linux/dm-ioctl.h, version 4).
 
 There is no udev on the device: devtmpfs makes /dev/dm-N when a mapping is first resumed, and nothing ever
 makes /dev/mapper/NAME. Devices are named to the kernel as MAJOR:MINOR, so that no path is looked up twice.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # _IOWR(0xfd, nr, struct dm_ioctl)
 DM_VERSION: Final = 0xC138FD00
+DM_LIST_DEVICES: Final = 0xC138FD02
 DM_DEV_CREATE: Final = 0xC138FD03
 DM_DEV_REMOVE: Final = 0xC138FD04
 DM_DEV_SUSPEND: Final = 0xC138FD06
@@ -38,6 +39,7 @@ DM_STATUS_TABLE_FLAG: Final = 1 << 4
 DM_ACTIVE_PRESENT_FLAG: Final = 1 << 5
 DM_INACTIVE_PRESENT_FLAG: Final = 1 << 6
 DM_BUFFER_FULL_FLAG: Final = 1 << 8
+DM_SECURE_DATA_FLAG: Final = 1 << 15
 DM_DEFERRED_REMOVE: Final = 1 << 17
 
 SECTOR: Final = 512
@@ -49,12 +51,16 @@ _VERSION: Final = (4, 0, 0)
 # version[3], data_size, data_start, target_count, open_count, flags, event_nr, padding, dev, name, uuid,
 # data[7]
 _IOCTL: Final = struct.Struct("=3I3Ii3IQ128s129s7s")
+# dev, next; then the name, NUL-terminated
+_NAME_ENTRY: Final = struct.Struct("=QI")
 # sector_start, length, status, next, target_type
 _SPEC: Final = struct.Struct("=QQiI16s")
 NAME_LIMIT: Final = 127
 """Bytes of a mapping's name."""
 _UUID_LIMIT: Final = 128
 _REPLY_SIZE: Final = 16 * 1024
+_LIST_SIZE: Final = 256 * 1024
+"""Room for the names of well over a thousand mappings."""
 
 
 class Status(NamedTuple):
@@ -145,16 +151,35 @@ def create_verity(
     be reused for something else meanwhile. Raises OSError: EBUSY (name or UUID exists), EINVAL (the
     kernel dislikes the table), ENODEV or ENOENT (no device mapper), EIO.
     """
+    target = Target(0, table.sectors, "verity", table.line(data_dev, hash_dev))
+    return create(name, uuid, target, read_only=True, dev=dev)
+
+
+def create(
+    name: str,
+    uuid: str,
+    target: Target,
+    *,
+    read_only: bool = False,
+    secret: bool = False,
+    dev: Path = Path("/dev"),
+) -> Mapping:
+    """Create, load and start a mapping of one target; nothing is left behind if a step fails.
+
+    With `secret` the table has keys in it: the message is wiped, here and in the kernel, once it is read.
+    Raises OSError as `create_verity`.
+    """
     with _Control(dev) as control:
         created = control.call(DM_DEV_CREATE, name, uuid=uuid)
+        mode = DM_READONLY_FLAG if read_only else 0
         try:
-            target = Target(0, table.sectors, "verity", table.line(data_dev, hash_dev))
-            control.call(DM_TABLE_LOAD, name, flags=DM_READONLY_FLAG, targets=(target,))
+            secrecy = DM_SECURE_DATA_FLAG if secret else 0
+            control.call(DM_TABLE_LOAD, name, flags=mode | secrecy, targets=(target,))
             # "Suspend" without the flag means resume: the loaded table goes live, devtmpfs makes the node.
-            control.call(DM_DEV_SUSPEND, name, flags=DM_READONLY_FLAG)
+            control.call(DM_DEV_SUSPEND, name, flags=mode)
             status = control.status(name)
-            if status.device != created.device or not status.active or not status.read_only:
-                raise OSError(errno.EIO, f"mapping is not live and read-only (flags {status.flags:#x})", name)
+            if status.device != created.device or not status.active or status.read_only != read_only:
+                raise OSError(errno.EIO, f"mapping is not live as asked (flags {status.flags:#x})", name)
             return Mapping(name, node(status.device, dev), status.device)
         except BaseException:
             with contextlib.suppress(OSError):  # the first failure is the one to tell
@@ -166,6 +191,12 @@ def remove(name: str, *, deferred: bool = False, dev: Path = Path("/dev")) -> No
     """Remove a mapping; `deferred`: as soon as its last user is gone. Raises OSError (EBUSY, ENXIO)."""
     with _Control(dev) as control:
         control.call(DM_DEV_REMOVE, name, flags=DM_DEFERRED_REMOVE if deferred else 0)
+
+
+def names(*, dev: Path = Path("/dev")) -> list[str]:
+    """Return the names of all mappings. Raises OSError."""
+    with _Control(dev) as control:
+        return unpack_names(control.call(DM_LIST_DEVICES, "", room=_LIST_SIZE).raw)
 
 
 def status(name: str, *, dev: Path = Path("/dev")) -> Status:
@@ -200,7 +231,7 @@ def node(device: int, dev: Path = Path("/dev")) -> Path:
 
 
 class Reply(NamedTuple):
-    """What the kernel wrote back."""
+    """What the kernel wrote back; `raw` is left out where it may hold keys."""
 
     device: int
     open_count: int
@@ -208,10 +239,15 @@ class Reply(NamedTuple):
     raw: bytes
 
 
-def pack(name: str, *, uuid: str = "", flags: int = 0, targets: Sequence[Target] = ()) -> bytearray:
-    """Return the buffer of one ioctl: header, then target specs. ValueError if a text does not fit."""
+def pack(
+    name: str, *, uuid: str = "", flags: int = 0, targets: Sequence[Target] = (), room: int = _REPLY_SIZE
+) -> bytearray:
+    """Return the buffer of one ioctl: header, then target specs, and `room` bytes at least for the reply.
+
+    ValueError if a text does not fit.
+    """
     body = b"".join(map(_pack_target, targets))
-    size = max(_IOCTL.size + len(body), _REPLY_SIZE)
+    size = max(_IOCTL.size + len(body), room)
     header = _IOCTL.pack(
         *_VERSION,
         size,
@@ -229,10 +265,11 @@ def pack(name: str, *, uuid: str = "", flags: int = 0, targets: Sequence[Target]
     return bytearray((header + body).ljust(size, b"\0"))
 
 
-def unpack(buffer: bytes) -> Reply:
+def unpack(buffer: bytes | bytearray) -> Reply:
     """Read a reply's header; the device number is translated to the C library's encoding."""
     _, _, _, _, _, _, opened, flags, _, _, device, *_ = _IOCTL.unpack_from(buffer)
-    return Reply(decode_device(device), opened, flags, bytes(buffer))
+    raw = b"" if flags & DM_SECURE_DATA_FLAG else bytes(buffer)
+    return Reply(decode_device(device), opened, flags, raw)
 
 
 def unpack_targets(buffer: bytes) -> tuple[Target, ...]:
@@ -253,6 +290,27 @@ def unpack_targets(buffer: bytes) -> tuple[Target, ...]:
         # Unlike on the way in, `next` of a reply counts from the first spec.
         position = start + following
     return tuple(targets)
+
+
+def unpack_names(buffer: bytes) -> list[str]:
+    """Read a DM_LIST_DEVICES reply. OSError(EPROTO) if it points outside of itself."""
+    _, _, _, size, start, *_ = _IOCTL.unpack_from(buffer)
+    end = min(size, len(buffer))
+    found: list[str] = []
+    position = start
+    if size == start:  # there is none
+        return found
+    while True:
+        if not _IOCTL.size <= position <= end - _NAME_ENTRY.size:
+            raise OSError(errno.EPROTO, "device-mapper reply points outside itself")
+        _, following = _NAME_ENTRY.unpack_from(buffer, position)
+        text_end = buffer.find(b"\0", position + _NAME_ENTRY.size, end)
+        if text_end < 0:
+            raise OSError(errno.EPROTO, "device-mapper reply is not terminated")
+        found.append(buffer[position + _NAME_ENTRY.size : text_end].decode("ascii", "backslashreplace"))
+        if not following:
+            return found
+        position += following
 
 
 def _pack_target(target: Target) -> bytes:
@@ -288,16 +346,26 @@ class _Control:
         os.close(self._fd)
 
     def call(
-        self, request: int, name: str, *, uuid: str = "", flags: int = 0, targets: Sequence[Target] = ()
+        self,
+        request: int,
+        name: str,
+        *,
+        uuid: str = "",
+        flags: int = 0,
+        targets: Sequence[Target] = (),
+        room: int = _REPLY_SIZE,
     ) -> Reply:
-        buffer = pack(name, uuid=uuid, flags=flags, targets=targets)
+        buffer = pack(name, uuid=uuid, flags=flags, targets=targets, room=room)
         try:
             fcntl.ioctl(self._fd, request, buffer)
+            reply = unpack(buffer)
         except OSError as exc:
             raise OSError(exc.errno, exc.strerror, f"device-mapper {name}") from exc
-        reply = unpack(bytes(buffer))
+        finally:
+            if flags & DM_SECURE_DATA_FLAG:
+                buffer[:] = bytes(len(buffer))
         if reply.flags & DM_BUFFER_FULL_FLAG:
-            raise OSError(errno.EOVERFLOW, f"device-mapper reply exceeds {_REPLY_SIZE} bytes", name)
+            raise OSError(errno.EOVERFLOW, f"device-mapper reply exceeds {room} bytes", name)
         return reply
 
     def status(self, name: str) -> Status:

@@ -19,6 +19,7 @@ from trustme_init.linux.syscalls import (
     syscall,
 )
 
+CLONE_NEWTIME: Final = 0x00000080
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWCGROUP: Final = 0x02000000
 CLONE_NEWUTS: Final = 0x04000000
@@ -39,10 +40,12 @@ RB_DISABLE_CAD: Final = 0
 _REBOOT_MAGIC1: Final = 0xFEE1DEAD
 _REBOOT_MAGIC2: Final = 672274793
 
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_CAPBSET_READ: Final = 23
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_SET_NO_NEW_PRIVS: Final = 38
 
 
 def unshare(flags: int) -> None:
@@ -98,6 +101,16 @@ def set_child_subreaper(*, enabled: bool) -> None:
 def set_dumpable(*, enabled: bool) -> None:
     """Whether the process leaves core dumps, and may be traced or its memory read by others of its user."""
     syscall(SYS_prctl, _PR_SET_DUMPABLE, int(enabled), 0, 0, 0, filename="PR_SET_DUMPABLE")
+
+
+def set_parent_death_signal(number: int) -> None:
+    """Have the calling process get a signal when its parent ends; a change of its user ids undoes it."""
+    syscall(SYS_prctl, _PR_SET_PDEATHSIG, number, 0, 0, 0, filename="PR_SET_PDEATHSIG")
+
+
+def forbid_new_privileges() -> None:
+    """Make sure that no exec of the calling process, or of a descendant, gains anything."""
+    syscall(SYS_prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, filename="PR_SET_NO_NEW_PRIVS")
 
 
 def bounding_set() -> set[int]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System call filters (Documentation/userspace-api/seccomp_filter.rst): a deny list as classic BPF.
+"""System call filters (Documentation/userspace-api/seccomp_filter.rst): rules as classic BPF.
 
 A filter sees numbers and register values, never what a pointer leads to. It is inherited by everything the
-process becomes, and cannot be taken off.
+process becomes, and cannot be taken off. Its length costs nothing where it matters: of a call that is allowed
+whatever its arguments the kernel remembers that, and does not run the filter again.
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def program(rules: Iterable[Rule], machine: str = os.uname().machine) -> bytes:
+def program(
+    rules: Iterable[Rule], machine: str = os.uname().machine, *, highest: int = _X32_BIT - 1
+) -> bytes:
     """Return the filter that refuses what `rules` name and allows the rest, at most one rule per call.
 
+    Calls above `highest` do not exist (ENOSYS): what a kernel of tomorrow adds is not allowed unseen.
     Calls of another architecture or of x32 fail with ENOSYS: their numbers mean something else, and to a
     filter that looked at numbers alone each would be a way around it.
     """
@@ -72,7 +76,7 @@ def program(rules: Iterable[Rule], machine: str = os.uname().machine) -> bytes:
         _step(_EQUAL, _ARCHITECTURES[machine], yes=1),
         missing,
         _step(_LOAD, _NR),
-        _step(_AT_LEAST, _X32_BIT, no=1),
+        _step(_AT_LEAST, min(highest + 1, _X32_BIT), no=1),
         missing,
     ]
     for rule in rules:
@@ -82,13 +86,13 @@ def program(rules: Iterable[Rule], machine: str = os.uname().machine) -> bytes:
     return b"".join([*code, _ALLOW])
 
 
-def install(rules: Iterable[Rule]) -> None:
+def install(rules: Iterable[Rule], *, highest: int = _X32_BIT - 1) -> None:
     """Put the calling thread, and whatever it becomes, under a filter. Raises OSError.
 
     EACCES without no_new_privs and without sys_admin in its user namespace; EINVAL or ENOSYS if the kernel
     lacks CONFIG_SECCOMP_FILTER.
     """
-    code = program(rules)
+    code = program(rules, highest=highest)
     argument = _Program(len(code) // _INSTRUCTION.size, code)
     syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(argument), filename="seccomp")
 

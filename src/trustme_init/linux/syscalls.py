@@ -33,6 +33,7 @@ _NUMBERS: Final[Mapping[str, Mapping[str, int]]] = {
         "syncfs": 306,
         "finit_module": 313,
         "seccomp": 317,
+        "bpf": 321,
     },
     "aarch64": {
         "rt_sigaction": 134,
@@ -51,6 +52,7 @@ _NUMBERS: Final[Mapping[str, Mapping[str, int]]] = {
         "syncfs": 267,
         "finit_module": 273,
         "seccomp": 277,
+        "bpf": 280,
     },
 }
 
@@ -75,6 +77,7 @@ SYS_setns: Final = _NR["setns"]
 SYS_syncfs: Final = _NR["syncfs"]
 SYS_finit_module: Final = _NR["finit_module"]
 SYS_seccomp: Final = _NR["seccomp"]
+SYS_bpf: Final = _NR["bpf"]
 
 SYS_pidfd_send_signal: Final = 424
 SYS_open_tree: Final = 428

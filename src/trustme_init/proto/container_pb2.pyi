@@ -286,6 +286,8 @@ class ContainerConfig(google.protobuf.message.Message):
     TOKEN_TYPE_FIELD_NUMBER: builtins.int
     USB_PIN_ENTRY_FIELD_NUMBER: builtins.int
     ENABLE_XORG_COMPAT_FIELD_NUMBER: builtins.int
+    UUID_FIELD_NUMBER: builtins.int
+    SERIAL_FIELD_NUMBER: builtins.int
     name: builtins.str
     guest_os: builtins.str
     guestos_version: builtins.int
@@ -301,6 +303,12 @@ class ContainerConfig(google.protobuf.message.Message):
     token_type: Global___ContainerTokenType.ValueType
     usb_pin_entry: builtins.bool
     enable_xorg_compat: builtins.bool
+    uuid: builtins.str
+    """From 300 on: ours, skipped by readers that do not know them. What a signed configuration is good for.
+    the one container
+    """
+    serial: builtins.int
+    """rises with every configuration of that container"""
     @property
     def image_sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ContainerImageSize]: ...
     @property
@@ -346,10 +354,12 @@ class ContainerConfig(google.protobuf.message.Message):
         token_type: Global___ContainerTokenType.ValueType | None = ...,
         usb_pin_entry: builtins.bool | None = ...,
         enable_xorg_compat: builtins.bool | None = ...,
+        uuid: builtins.str | None = ...,
+        serial: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["allow_autostart", b"allow_autostart", "allow_system_time", b"allow_system_time", "assign_cpus", b"assign_cpus", "color", b"color", "dns_server", b"dns_server", "enable_xorg_compat", b"enable_xorg_compat", "guest_os", b"guest_os", "guestos_version", b"guestos_version", "name", b"name", "netns", b"netns", "ram_limit", b"ram_limit", "token_type", b"token_type", "type", b"type", "usb_pin_entry", b"usb_pin_entry", "userns", b"userns"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["allow_autostart", b"allow_autostart", "allow_system_time", b"allow_system_time", "assign_cpus", b"assign_cpus", "color", b"color", "dns_server", b"dns_server", "enable_xorg_compat", b"enable_xorg_compat", "guest_os", b"guest_os", "guestos_version", b"guestos_version", "name", b"name", "netns", b"netns", "ram_limit", b"ram_limit", "serial", b"serial", "token_type", b"token_type", "type", b"type", "usb_pin_entry", b"usb_pin_entry", "userns", b"userns", "uuid", b"uuid"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allow_autostart", b"allow_autostart", "allow_dev", b"allow_dev", "allow_module", b"allow_module", "allow_system_time", b"allow_system_time", "assign_cpus", b"assign_cpus", "assign_dev", b"assign_dev", "color", b"color", "dns_server", b"dns_server", "enable_xorg_compat", b"enable_xorg_compat", "fifos", b"fifos", "guest_os", b"guest_os", "guestos_version", b"guestos_version", "image_sizes", b"image_sizes", "init_env", b"init_env", "name", b"name", "net_ifaces", b"net_ifaces", "netns", b"netns", "ram_limit", b"ram_limit", "token_type", b"token_type", "type", b"type", "usb_configs", b"usb_configs", "usb_pin_entry", b"usb_pin_entry", "userns", b"userns", "vnet_configs", b"vnet_configs"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allow_autostart", b"allow_autostart", "allow_dev", b"allow_dev", "allow_module", b"allow_module", "allow_system_time", b"allow_system_time", "assign_cpus", b"assign_cpus", "assign_dev", b"assign_dev", "color", b"color", "dns_server", b"dns_server", "enable_xorg_compat", b"enable_xorg_compat", "fifos", b"fifos", "guest_os", b"guest_os", "guestos_version", b"guestos_version", "image_sizes", b"image_sizes", "init_env", b"init_env", "name", b"name", "net_ifaces", b"net_ifaces", "netns", b"netns", "ram_limit", b"ram_limit", "serial", b"serial", "token_type", b"token_type", "type", b"type", "usb_configs", b"usb_configs", "usb_pin_entry", b"usb_pin_entry", "userns", b"userns", "uuid", b"uuid", "vnet_configs", b"vnet_configs"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ContainerConfig: typing_extensions.TypeAlias = ContainerConfig
@@ -367,6 +377,8 @@ class ContainerStatus(google.protobuf.message.Message):
     GUESTOS_FIELD_NUMBER: builtins.int
     TRUST_LEVEL_FIELD_NUMBER: builtins.int
     CRYPTFS_MODE_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
     uuid: builtins.str
     name: builtins.str
     type: Global___ContainerType.ValueType
@@ -376,6 +388,12 @@ class ContainerStatus(google.protobuf.message.Message):
     guestos: builtins.str
     trust_level: Global___ContainerTrust.ValueType
     cryptfs_mode: Global___CryptfsMode.ValueType
+    problem: builtins.str
+    """From 300 on: ours.
+    why it cannot be started
+    """
+    token: builtins.str
+    """what protects its key, and how that stands"""
     def __init__(
         self,
         *,
@@ -388,10 +406,12 @@ class ContainerStatus(google.protobuf.message.Message):
         guestos: builtins.str | None = ...,
         trust_level: Global___ContainerTrust.ValueType | None = ...,
         cryptfs_mode: Global___CryptfsMode.ValueType | None = ...,
+        problem: builtins.str | None = ...,
+        token: builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["created", b"created", "cryptfs_mode", b"cryptfs_mode", "guestos", b"guestos", "name", b"name", "state", b"state", "trust_level", b"trust_level", "type", b"type", "uptime", b"uptime", "uuid", b"uuid"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["created", b"created", "cryptfs_mode", b"cryptfs_mode", "guestos", b"guestos", "name", b"name", "problem", b"problem", "state", b"state", "token", b"token", "trust_level", b"trust_level", "type", b"type", "uptime", b"uptime", "uuid", b"uuid"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["created", b"created", "cryptfs_mode", b"cryptfs_mode", "guestos", b"guestos", "name", b"name", "state", b"state", "trust_level", b"trust_level", "type", b"type", "uptime", b"uptime", "uuid", b"uuid"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["created", b"created", "cryptfs_mode", b"cryptfs_mode", "guestos", b"guestos", "name", b"name", "problem", b"problem", "state", b"state", "token", b"token", "trust_level", b"trust_level", "type", b"type", "uptime", b"uptime", "uuid", b"uuid"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ContainerStatus: typing_extensions.TypeAlias = ContainerStatus

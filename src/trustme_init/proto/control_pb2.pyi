@@ -148,6 +148,7 @@ class ControllerToDaemon(google.protobuf.message.Message):
         REPLACE_TOKEN: ControllerToDaemon._Command.ValueType  # 313
         REMOVE_TOKEN: ControllerToDaemon._Command.ValueType  # 314
         REGISTER_LIFECYCLE_CA: ControllerToDaemon._Command.ValueType  # 320
+        PUSH_GUESTOS_IMAGE: ControllerToDaemon._Command.ValueType  # 330
         APPLY_STATEMENT: ControllerToDaemon._Command.ValueType  # 321
         GET_LIFECYCLE_STATUS: ControllerToDaemon._Command.ValueType  # 322
 
@@ -205,6 +206,7 @@ class ControllerToDaemon(google.protobuf.message.Message):
     REPLACE_TOKEN: ControllerToDaemon.Command.ValueType  # 313
     REMOVE_TOKEN: ControllerToDaemon.Command.ValueType  # 314
     REGISTER_LIFECYCLE_CA: ControllerToDaemon.Command.ValueType  # 320
+    PUSH_GUESTOS_IMAGE: ControllerToDaemon.Command.ValueType  # 330
     APPLY_STATEMENT: ControllerToDaemon.Command.ValueType  # 321
     GET_LIFECYCLE_STATUS: ControllerToDaemon.Command.ValueType  # 322
 
@@ -236,6 +238,12 @@ class ControllerToDaemon(google.protobuf.message.Message):
     CREDENTIAL_BLOB_FIELD_NUMBER: builtins.int
     ENCRYPTED_SECRET_FIELD_NUMBER: builtins.int
     STATEMENT_FIELD_NUMBER: builtins.int
+    GUESTOS_STREAMED_FIELD_NUMBER: builtins.int
+    GUESTOS_PROGRESS_FIELD_NUMBER: builtins.int
+    GUESTOS_VERSION_FIELD_NUMBER: builtins.int
+    IMAGE_FILE_FIELD_NUMBER: builtins.int
+    IMAGE_OFFSET_FIELD_NUMBER: builtins.int
+    IMAGE_DATA_FIELD_NUMBER: builtins.int
     STATEMENT_SIGNATURE_FIELD_NUMBER: builtins.int
     STATEMENT_CERTIFICATE_FIELD_NUMBER: builtins.int
     command: Global___ControllerToDaemon.Command.ValueType
@@ -263,6 +271,14 @@ class ControllerToDaemon(google.protobuf.message.Message):
     credential_blob: builtins.bytes
     encrypted_secret: builtins.bytes
     statement: builtins.bytes
+    guestos_streamed: builtins.bool
+    """the client sends the images, by PUSH_GUESTOS_IMAGE"""
+    guestos_progress: builtins.bool
+    """GUESTOS_PROGRESS is understood"""
+    guestos_version: builtins.int
+    image_file: builtins.str
+    image_offset: builtins.int
+    image_data: builtins.bytes
     statement_signature: builtins.bytes
     statement_certificate: builtins.bytes
     @property
@@ -304,12 +320,18 @@ class ControllerToDaemon(google.protobuf.message.Message):
         credential_blob: builtins.bytes | None = ...,
         encrypted_secret: builtins.bytes | None = ...,
         statement: builtins.bytes | None = ...,
+        guestos_streamed: builtins.bool | None = ...,
+        guestos_progress: builtins.bool | None = ...,
+        guestos_version: builtins.int | None = ...,
+        image_file: builtins.str | None = ...,
+        image_offset: builtins.int | None = ...,
+        image_data: builtins.bytes | None = ...,
         statement_signature: builtins.bytes | None = ...,
         statement_certificate: builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "statement", b"statement", "statement_certificate", b"statement_certificate", "statement_signature", b"statement_signature", "system_services", b"system_services", "token_file", b"token_file"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_progress", b"guestos_progress", "guestos_rootcert", b"guestos_rootcert", "guestos_streamed", b"guestos_streamed", "guestos_version", b"guestos_version", "image_data", b"image_data", "image_file", b"image_file", "image_offset", b"image_offset", "remove_logs", b"remove_logs", "statement", b"statement", "statement_certificate", b"statement_certificate", "statement_signature", b"statement_signature", "system_services", b"system_services", "token_file", b"token_file"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "container_uuids", b"container_uuids", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_args", b"exec_args", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_rootcert", b"guestos_rootcert", "remove_logs", b"remove_logs", "statement", b"statement", "statement_certificate", b"statement_certificate", "statement_signature", b"statement_signature", "system_services", b"system_services", "token_file", b"token_file"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["assign_iface_params", b"assign_iface_params", "authority_sha256", b"authority_sha256", "certificate", b"certificate", "command", b"command", "container_config_certificate", b"container_config_certificate", "container_config_file", b"container_config_file", "container_config_signature", b"container_config_signature", "container_start_params", b"container_start_params", "container_uuids", b"container_uuids", "credential_blob", b"credential_blob", "dev_rule", b"dev_rule", "device_cert", b"device_cert", "device_newpin", b"device_newpin", "device_pin", b"device_pin", "encrypted_secret", b"encrypted_secret", "exec_args", b"exec_args", "exec_command", b"exec_command", "exec_input", b"exec_input", "exec_pty", b"exec_pty", "guestos_config_certificate", b"guestos_config_certificate", "guestos_config_file", b"guestos_config_file", "guestos_config_signature", b"guestos_config_signature", "guestos_name", b"guestos_name", "guestos_progress", b"guestos_progress", "guestos_rootcert", b"guestos_rootcert", "guestos_streamed", b"guestos_streamed", "guestos_version", b"guestos_version", "image_data", b"image_data", "image_file", b"image_file", "image_offset", b"image_offset", "remove_logs", b"remove_logs", "statement", b"statement", "statement_certificate", b"statement_certificate", "statement_signature", b"statement_signature", "system_services", b"system_services", "token_file", b"token_file"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ControllerToDaemon: typing_extensions.TypeAlias = ControllerToDaemon
@@ -610,6 +632,109 @@ class LifecycleStatus(google.protobuf.message.Message):
 Global___LifecycleStatus: typing_extensions.TypeAlias = LifecycleStatus
 
 @typing.final
+class GuestOSImage(google.protobuf.message.Message):
+    """A file of a GuestOS that is being installed. Bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    HAVE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    size: builtins.int
+    have: builtins.int
+    """there already: a stream goes on from here"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str | None = ...,
+        size: builtins.int | None = ...,
+        have: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["have", b"have", "name", b"name", "size", b"size"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["have", b"have", "name", b"name", "size", b"size"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GuestOSImage: typing_extensions.TypeAlias = GuestOSImage
+
+@typing.final
+class GuestOSInstall(google.protobuf.message.Message):
+    """With GUESTOS_MGR_INSTALL_STARTED what is needed; with GUESTOS_PROGRESS how far it is. Bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    FILE_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    version: builtins.int
+    phase: builtins.str
+    """"fetch", then "check" """
+    file: builtins.str
+    done: builtins.int
+    """of all files"""
+    total: builtins.int
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GuestOSImage]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str | None = ...,
+        version: builtins.int | None = ...,
+        images: collections.abc.Iterable[Global___GuestOSImage] | None = ...,
+        phase: builtins.str | None = ...,
+        file: builtins.str | None = ...,
+        done: builtins.int | None = ...,
+        total: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["done", b"done", "file", b"file", "name", b"name", "phase", b"phase", "total", b"total", "version", b"version"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["done", b"done", "file", b"file", "images", b"images", "name", b"name", "phase", b"phase", "total", b"total", "version", b"version"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GuestOSInstall: typing_extensions.TypeAlias = GuestOSInstall
+
+@typing.final
+class GuestOSState(google.protobuf.message.Message):
+    """What is in the device's store of GuestOSes, usable or not."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    CORE_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    WHY_NOT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    version: builtins.int
+    core: builtins.bool
+    """part of the base system"""
+    size: builtins.int
+    """bytes on the data volume"""
+    why_not: builtins.str
+    """the refusal that its use would meet"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str | None = ...,
+        version: builtins.int | None = ...,
+        core: builtins.bool | None = ...,
+        size: builtins.int | None = ...,
+        why_not: builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["core", b"core", "name", b"name", "size", b"size", "version", b"version", "why_not", b"why_not"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["core", b"core", "name", b"name", "size", b"size", "version", b"version", "why_not", b"why_not"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GuestOSState: typing_extensions.TypeAlias = GuestOSState
+
+@typing.final
 class DaemonToController(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -640,6 +765,7 @@ class DaemonToController(google.protobuf.message.Message):
         CREDENTIAL_ACTIVATED: DaemonToController._Code.ValueType  # 303
         TOKEN_STATUS: DaemonToController._Code.ValueType  # 310
         LIFECYCLE_STATUS: DaemonToController._Code.ValueType  # 320
+        GUESTOS_PROGRESS: DaemonToController._Code.ValueType  # 330
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     GUESTOS_CONFIGS_LIST: DaemonToController.Code.ValueType  # 1
@@ -663,6 +789,7 @@ class DaemonToController(google.protobuf.message.Message):
     CREDENTIAL_ACTIVATED: DaemonToController.Code.ValueType  # 303
     TOKEN_STATUS: DaemonToController.Code.ValueType  # 310
     LIFECYCLE_STATUS: DaemonToController.Code.ValueType  # 320
+    GUESTOS_PROGRESS: DaemonToController.Code.ValueType  # 330
 
     class _Response:
         ValueType = typing.NewType("ValueType", builtins.int)
@@ -761,6 +888,9 @@ class DaemonToController(google.protobuf.message.Message):
     DEVICE_KEY_CERTIFICATION_FIELD_NUMBER: builtins.int
     ACTIVATED_SECRET_FIELD_NUMBER: builtins.int
     LIFECYCLE_FIELD_NUMBER: builtins.int
+    GUESTOS_INSTALL_FIELD_NUMBER: builtins.int
+    GUESTOS_STATES_FIELD_NUMBER: builtins.int
+    EXEC_STATUS_FIELD_NUMBER: builtins.int
     code: Global___DaemonToController.Code.ValueType
     container_cmld_handles_pin: builtins.bool
     response: Global___DaemonToController.Response.ValueType
@@ -776,6 +906,8 @@ class DaemonToController(google.protobuf.message.Message):
     exec_output: builtins.bytes
     device_key_certification: builtins.bytes
     activated_secret: builtins.bytes
+    exec_status: builtins.int
+    """with EXEC_END: exit code, or minus the signal"""
     @property
     def guestos_configs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[trustme_init.proto.guestos_pb2.GuestOSConfig]: ...
     @property
@@ -802,6 +934,10 @@ class DaemonToController(google.protobuf.message.Message):
     def token(self) -> Global___TokenStatus: ...
     @property
     def lifecycle(self) -> Global___LifecycleStatus: ...
+    @property
+    def guestos_install(self) -> Global___GuestOSInstall: ...
+    @property
+    def guestos_states(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GuestOSState]: ...
     def __init__(
         self,
         *,
@@ -833,10 +969,13 @@ class DaemonToController(google.protobuf.message.Message):
         device_key_certification: builtins.bytes | None = ...,
         activated_secret: builtins.bytes | None = ...,
         lifecycle: Global___LifecycleStatus | None = ...,
+        guestos_install: Global___GuestOSInstall | None = ...,
+        guestos_states: collections.abc.Iterable[Global___GuestOSState] | None = ...,
+        exec_status: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "lifecycle", b"lifecycle", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "exec_status", b"exec_status", "guestos_install", b"guestos_install", "lifecycle", b"lifecycle", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "authorities", b"authorities", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "container_configs", b"container_configs", "container_ifaces", b"container_ifaces", "container_status", b"container_status", "container_uuids", b"container_uuids", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "guestos_configs", b"guestos_configs", "lifecycle", b"lifecycle", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["activated_secret", b"activated_secret", "authorities", b"authorities", "certificate", b"certificate", "code", b"code", "container_cmld_handles_pin", b"container_cmld_handles_pin", "container_configs", b"container_configs", "container_ifaces", b"container_ifaces", "container_status", b"container_status", "container_uuids", b"container_uuids", "device_csr", b"device_csr", "device_is_provisioned", b"device_is_provisioned", "device_key_certification", b"device_key_certification", "device_stats", b"device_stats", "device_uuid", b"device_uuid", "exec_end_reason", b"exec_end_reason", "exec_output", b"exec_output", "exec_status", b"exec_status", "guestos_configs", b"guestos_configs", "guestos_install", b"guestos_install", "guestos_states", b"guestos_states", "lifecycle", b"lifecycle", "log_message", b"log_message", "logon_hardware_name", b"logon_hardware_name", "logon_hardware_serial", b"logon_hardware_serial", "logon_imei", b"logon_imei", "logon_mac_address", b"logon_mac_address", "logon_phone_number", b"logon_phone_number", "provisioning", b"provisioning", "refusal", b"refusal", "response", b"response", "token", b"token"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DaemonToController: typing_extensions.TypeAlias = DaemonToController

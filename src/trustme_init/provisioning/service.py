@@ -12,7 +12,7 @@ Runs in the vault's process, one operation at a time. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,16 @@ from typing import Any, Final
 
 from cryptography import x509
 
+from trustme_init.containers.keys import Surroundings as KeySurroundings
+from trustme_init.containers.operations import ContainerOperations
 from trustme_init.errors import DeviceRefusal, Refusal, StorageRefusal, TrustRefusal
+from trustme_init.guestos.operations import GuestOsOperations
+from trustme_init.machine import VolumeBackend
 from trustme_init.policy import Policy
-from trustme_init.provisioning import destruction, identity, marker, record, requirements, states
+from trustme_init.provisioning import destruction, guestos, identity, marker, record, requirements, states
 from trustme_init.provisioning.arguments import Arguments, Result, octets, text
 from trustme_init.provisioning.certstore import CertificateStore
+from trustme_init.provisioning.containers import CONTAINER_OPERATIONS
 from trustme_init.provisioning.device_key import DeviceKey, SoftwareDeviceKey, TpmDeviceKey
 from trustme_init.provisioning.history import History
 from trustme_init.provisioning.inventory import Inventory
@@ -59,6 +64,8 @@ class Surroundings:
     mode: ModeFact
     measurement_log: Path
     """What this boot extended into the TPM."""
+    volumes: VolumeBackend
+    """What keeps the volumes of containers."""
 
 
 class ProvisioningService:
@@ -92,6 +99,27 @@ class ProvisioningService:
         )
         self._lifecycle = Lifecycle(
             self._inventory, History(self._layout.home / "lifecycle", self._tcti, self._layout.tpm)
+        )
+
+        self.guestos = GuestOsOperations(
+            self._layout.home,
+            self._inventory,
+            self._policy.hardware,
+            self._policy.core_guest_os,
+            users=self._guestos_users,
+        )
+        self.containers = ContainerOperations(
+            self.guestos,
+            surroundings.volumes,
+            KeySurroundings(
+                home=self._layout.home,
+                tcti=self._tcti,
+                pin_tries=self._policy.pin_tries,
+                development=self._policy.provisions_itself,
+                now=self._inventory.now,
+            ),
+            unsigned=self._policy.allows_unsigned_configs,
+            measure=self._measure,
         )
 
     def handle(self, operation: str, arguments: Arguments) -> Result:
@@ -381,6 +409,16 @@ class ProvisioningService:
         """Return how many statements were obeyed, and what the next one needs to know."""
         return self._lifecycle.status(in_operation=self._state is State.OPERATIONAL)
 
+    def _guestos_users(self) -> Iterable[tuple[str, int | None]]:
+        return self.containers.guestos_users()
+
+    def _measure(self, events: Iterable[tuple[str, str]]) -> None:
+        """Extend what is about to run; without a TPM there is nothing to extend, as in the boot."""
+        if self._tcti is not None:
+            with open_tpm(self._tcti) as tpm:
+                for event, data in events:
+                    extend_here(tpm, Measurement(event, data), self._measurement_log)
+
     # The end of data
 
     def wipe(self, _arguments: Arguments) -> Result:
@@ -407,6 +445,12 @@ class ProvisioningService:
         }
 
 
+def _with_guestos(
+    operate: Callable[[GuestOsOperations, Arguments], Result],
+) -> Callable[[ProvisioningService, Arguments], Result]:
+    return lambda service, arguments: operate(service.guestos, arguments)
+
+
 OPERATIONS: Final[Mapping[str, Callable[[ProvisioningService, Arguments], Result]]] = {
     "prepare": ProvisioningService.prepare,
     "settle": ProvisioningService.settle,
@@ -430,6 +474,8 @@ OPERATIONS: Final[Mapping[str, Callable[[ProvisioningService, Arguments], Result
     "lifecycle-status": ProvisioningService.lifecycle_status,
     "wipe": ProvisioningService.wipe,
     "destroy": ProvisioningService.destroy,
+    **{name: _with_guestos(operate) for name, operate in guestos.OPERATIONS.items()},
+    **CONTAINER_OPERATIONS,
 }
 """What the names of `states.TABLE` do."""
 

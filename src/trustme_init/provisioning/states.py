@@ -53,6 +53,23 @@ TABLE: Final[Mapping[str, Mapping[State, State]]] = {
     "lifecycle-status": _ALWAYS,
     "wipe": _FIRST,
     "destroy": {P: D, O: D},
+    "containers": _ALWAYS,
+    "container": _ALWAYS,
+    "container-create": _ALWAYS,
+    "container-update": _ALWAYS,
+    "container-remove": _FIRST,
+    "container-wipe": _FIRST,
+    "container-open": _ALWAYS,
+    "container-change-pin": _ALWAYS,
+    "container-check-pin": _ALWAYS,
+    "guestos-examine": _ALWAYS,
+    "guestos-stage": _ALWAYS,
+    "guestos-publish": _ALWAYS,
+    "guestos-discard": _ALWAYS,
+    "guestos-list": _ALWAYS,
+    "guestos-config": _ALWAYS,
+    "guestos-remove": _FIRST,
+    "guestos-tidy": _ALWAYS,
 }
 
 

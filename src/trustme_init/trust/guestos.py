@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -190,20 +189,15 @@ def verify_guestos(
 
 def parse_config(config: bytes) -> GuestOSConfig:
     """Parse and validate a configuration **whose signature has been verified**; "bad-config" otherwise."""
-    from google.protobuf import text_format
-
     from trustme_init.proto.guestos_pb2 import GuestOSConfig
+    from trustme_init.trust.textform import parse
 
     message = GuestOSConfig()
     try:
-        with warnings.catch_warnings():
-            # The parser only warns of an escape sequence that there is none of; it is malformed all the same.
-            warnings.simplefilter("error")
-            text_format.Parse(config.decode(), message)
-        complete = message.IsInitialized()
-    except (text_format.ParseError, ValueError, RecursionError, Warning) as exc:
-        raise _bad(ascii(str(exc))[1:-1]) from exc
-    if not complete:
+        parse(config, message)
+    except ValueError as exc:
+        raise _bad(str(exc)) from exc
+    if not message.IsInitialized():
         raise _bad("a required field is missing")
     _validate(message)
     return message

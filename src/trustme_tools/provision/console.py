@@ -51,9 +51,13 @@ class ConsoleTransport:
 
     def control(self, words: Sequence[Word], *, stdin: bytes, timeout: float) -> Output:
         """See transport.Transport."""
+        return self.run(["control"], words, stdin=stdin, timeout=timeout)
+
+    def run(self, program: Sequence[str], words: Sequence[Word], *, stdin: bytes, timeout: float) -> Output:
+        """Run any program of the core container; otherwise as `control`."""
         try:
             terminal = self._terminal or self._open()
-            for line in remote.lines(request(["control"], words, stdin, timeout)):
+            for line in remote.lines(request(program, words, stdin, timeout)):
                 terminal.send(f"{line}\n")
                 if line.startswith(remote.REQUEST):
                     terminal.expect(rf"^{self._mark}\.\n", LINE_TIME)

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trustme_init.compartments.lifecycle import Compartment
+from trustme_init.compartments.netlink import NetworkHelper
+from trustme_init.control.installing import GuestOsPush, Heard, InstallEvent
+from trustme_init.control.loop import Loop
 from trustme_init.control.state import Answered, ContainerView, DeviceStatsView, GuestOsView, LogFile
 from trustme_init.errors import ControlRefusal, Refusal
+from trustme_init.guestos.pieces import Piece
 from trustme_init.proto import container_pb2
 from trustme_init.proto.guestos_pb2 import GuestOSConfig, GuestOSMount, I18NString
 from trustme_init.provisioning.mode import Mode
@@ -52,6 +58,76 @@ COREOS = GuestOSConfig(
 
 
 @dataclass
+class FakeInstallations:
+    """Implements Installing; whoever pushes hears `events` at once."""
+
+    events: list[InstallEvent] = field(default_factory=list)
+    pushed: list[GuestOsPush] = field(default_factory=list)
+    pieces: list[tuple[str, Piece]] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    refusal: Refusal | None = None
+    heard: Heard | None = None
+
+    def push(self, push: GuestOsPush, caller: int, heard: Heard) -> None:
+        self.pushed.append(push)
+        self.heard = heard
+        os.close(caller)
+        for event in self.events:
+            heard(event)
+
+    def piece(self, stem: str, piece: Piece, caller: int, done: Callable[[Refusal | None], None]) -> None:
+        self.pieces.append((stem, piece))
+        done(self.refusal)
+
+    def remove(self, name: str, done: Answered) -> None:
+        self.removed.append(name)
+        done({}, self.refusal)
+
+
+@dataclass
+class FakeGuests:
+    """Implements Containers; what is asked for has the outcome that the test has put there, or succeeds."""
+
+    outcomes: dict[str, dict[str, Any] | Refusal] = field(default_factory=dict)
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def when_known(self, done: Callable[[], None]) -> None:
+        done()
+
+    def _do(self, done: Answered, *asked: Any) -> None:
+        self.asked.append(asked)
+        outcome = self.outcomes.get(asked[0], {})
+        if isinstance(outcome, Refusal):
+            done({}, outcome)
+        else:
+            done(outcome, None)
+
+    def create(self, config: bytes, signature: bytes, certificate: bytes, done: Answered) -> None:
+        self._do(done, "create", config, signature, certificate)
+
+    def update(self, uuid: str, parts: tuple[bytes, bytes, bytes], done: Answered) -> None:
+        self._do(done, "update", uuid, *parts)
+
+    def remove(self, uuid: str, done: Answered) -> None:
+        self._do(done, "remove", uuid)
+
+    def wipe(self, uuid: str, done: Answered) -> None:
+        self._do(done, "wipe", uuid)
+
+    def start(self, uuid: str, pin: str | None, done: Answered) -> None:
+        self._do(done, "start", uuid, pin)
+
+    def stop(self, uuid: str, pin: str | None, done: Answered) -> None:
+        self._do(done, "stop", uuid, pin)
+
+    def change_pin(self, uuid: str, pin: str, new_pin: str, done: Answered) -> None:
+        self._do(done, "change_pin", uuid, pin, new_pin)
+
+    def reload(self, done: Answered) -> None:
+        self._do(done, "reload")
+
+
+@dataclass
 class FakeDevice:
     """Implements DeviceState; every answer can be replaced, every effect is recorded."""
 
@@ -65,6 +141,11 @@ class FakeDevice:
     answers: dict[str, dict[str, Any] | Refusal] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, str | bytes]]] = field(default_factory=list)
     held: list[Answered] | None = None
+    installations: FakeInstallations = field(default_factory=FakeInstallations)
+    guests: FakeGuests = field(default_factory=FakeGuests)
+    compartments: dict[str, Compartment] = field(default_factory=dict)
+    own_loop: Loop | None = None
+    helper: NetworkHelper = field(default_factory=NetworkHelper)
 
     def mode(self) -> Mode:
         return self.current_mode
@@ -76,6 +157,19 @@ class FakeDevice:
 
     def container(self, uuid: str) -> ContainerView | None:
         return next((view for view in self.views if view.uuid == uuid), None)
+
+    def compartment(self, uuid: str) -> Compartment | None:
+        return self.compartments.get(uuid)
+
+    @property
+    def loop(self) -> Loop:
+        if self.own_loop is None:
+            self.own_loop = Loop()
+        return self.own_loop
+
+    @property
+    def network(self) -> NetworkHelper:
+        return self.helper
 
     def guestos_list(self) -> Sequence[GuestOsView]:
         return [GuestOsView(config) for config in self.guestos]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.control.fake_device import CORE, CORE_UUID, COREOS, FakeDevice
+from tests.unit.control.fake_device import CORE, CORE_UUID, COREOS, GUEST, GUEST_UUID, FakeDevice
 from trustme_init.control.cli import main as cli
 from trustme_init.control.cli.verbs import VERBS
 from trustme_init.control.client import ControlClient
@@ -18,7 +18,8 @@ from trustme_init.control.dispatch import Dispatcher
 from trustme_init.control.gate import Socket
 from trustme_init.control.handlers.reply import response
 from trustme_init.control.state import LogFile
-from trustme_init.control.transport import Flush, Wait
+from trustme_init.control.transport import Flush, Listen, Wait
+from trustme_init.errors import TrustRefusal
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
 from trustme_init.provisioning.mode import Mode
@@ -71,13 +72,20 @@ class Direct(ControlClient):
         self.sent.append(message)
         dispatcher = Dispatcher(self.device, log=lambda _text: None)
         for body in dispatcher.answer(message.SerializeToString(), Socket.PRIVILEGED, lambda _body: False):
-            if isinstance(body, Wait):
+            if isinstance(body, Wait | Listen):
                 body.start(lambda: None)
             elif not isinstance(body, Flush):
                 self.replies.append(Reply.FromString(body))
 
     def receive(self, timeout: float | None = None) -> Reply:
         return self.replies.pop(0)
+
+    def fileno(self) -> int:
+        return 1  # any; nobody waits where something is buffered
+
+    @property
+    def buffered(self) -> bool:
+        return True
 
 
 class Command:
@@ -234,7 +242,9 @@ def test_files_are_sent_as_they_are(command: Command, tmp_path: Path) -> None:
         Path(path).write_bytes(b"\xff" + path.encode())
     contents = [Path(path).read_bytes() for path in paths]
 
-    assert command("create", *paths) == 4
+    command.device.guests.outcomes["create"] = TrustRefusal("bad-signature", "not what was signed")
+    assert command("create", *paths) == 1
+    assert "not what was signed (bad-signature)" in command.out
     sent = command.sent[-1]
     assert [
         sent.container_config_file,
@@ -288,7 +298,7 @@ def test_other_parameters(command: Command) -> None:
 def test_change_pin_reads_three_lines(command: Command) -> None:
     command.stdin("old\nnew\nnew\n")
     assert command("change_pin", "core0") == 1
-    assert "this container has no token (container-without-token)" in command.out
+    assert "it has no token, and is not changed or removed (container-is-core)" in command.out
     assert command.sent[-1].command == Request.CONTAINER_CHANGE_TOKEN_PIN
     assert (command.sent[-1].device_pin, command.sent[-1].device_newpin) == ("old", "new")
     command.stdin("old\nnew\nnew\n")
@@ -320,9 +330,20 @@ def test_destructive_verbs_ask_a_person(command: Command, monkeypatch: pytest.Mo
 def test_readable(command: Command) -> None:
     assert command("list") == 0
     head, core, guest = command.out.splitlines()
-    assert head.split() == ["NAME", "STATE", "UPTIME", "GUESTOS", "TRUST", "UUID"]
+    assert head.split() == ["NAME", "STATE", "UPTIME", "GUESTOS", "TRUST", "TOKEN", "UUID"]
     assert core.split() == ["core0", "RUNNING", "01:02:05", "trustme-coreos", "SIGNED", CORE_UUID]
     assert "STOPPED" in guest
+    command.device.views[1] = replace(GUEST, problem="container-damaged: what is kept", token="unpaired")
+    command("list")
+    assert command.out.splitlines()[2].split() == [
+        "guest",
+        "BROKEN",
+        "00:00:00",
+        "exampleos",
+        "unpaired",
+        GUEST_UUID,
+    ]
+    assert command.out.splitlines()[4] == f"  {GUEST_UUID}: container-damaged: what is kept"
     command("list_guestos")
     assert "trustme-coreos  7" in command.out
     command("get_provisioned")
@@ -331,14 +352,14 @@ def test_readable(command: Command) -> None:
     assert "1024.0" in command.out
     command("config", "core0")
     assert 'guest_os: "trustme-coreos"' in command.out
-    assert command("freeze", "core0") == 4
+    assert command("allow_audio", "core0") == 4
     assert "Not supported" in command.out
 
 
 def test_text_is_the_dump_of_the_original(command: Command) -> None:
     command("--text", "get_provisioned")
     assert command.out == "code: DEVICE_PROVISIONED_STATE\ndevice_is_provisioned: false\n"
-    assert command("freeze", "core0", "--text") == 4
+    assert command("allow_audio", "core0", "--text") == 4
     assert command.out == "code: RESPONSE\nresponse: CMD_UNSUPPORTED\n"
     command("list_guestos", "--text")
     assert 'name: "trustme-coreos"' in command.out

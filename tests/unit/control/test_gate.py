@@ -18,9 +18,9 @@ BOTH_MODES = {1, 2, 3, 4, 5, 6, 20, 22, 31, 33, 34, 101, 102, 112, 115, 116, 117
 PROVISIONING_ONLY = {21, 23, 24, 25, 26, 30, 32, 40, 41, *range(104, 112), 113, 114, 118}
 NEVER = {103}
 # Ours: 42 is deprecated there and means the device's token here; from 300 on there is nothing there.
-BOTH_MODES |= {42, 300, 301, 304, 306, 310, 312, 321, 322}
+BOTH_MODES |= {42, 300, 301, 304, 306, 310, 312, 321, 322, 330}
 PROVISIONING_ONLY |= {302, 303, 305, 311, 313, 314, 320}
-UNPRIVILEGED = {1, 20}
+UNPRIVILEGED = {1, 20, 330}
 
 ALL = set(Request.Command.values())
 

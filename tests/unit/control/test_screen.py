@@ -23,7 +23,7 @@ def varint(value: int) -> bytes:
 
 
 def test_file_fields_are_those_of_the_protocol_and_ours() -> None:
-    assert frozenset({13, 18, 19, 20, 21, 22, 23, 41, 301, 302, 303, 304, 320, 321, 322}) == FILE_FIELDS
+    assert frozenset({13, 18, 19, 20, 21, 22, 23, 41, 301, 302, 303, 304, 320, 321, 322, 335}) == FILE_FIELDS
 
 
 def test_large_files_pass() -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from trustme_init.control.framing import encode_frame
 from trustme_init.control.loop import Loop
+from trustme_init.control.sockets import SO_PASSRIGHTS
 from trustme_init.control.throttle import LOG_LINES
 from trustme_init.control.transport import (
     FLUSH,
-    SO_PASSRIGHTS,
     Answer,
     Connection,
     FrameServer,

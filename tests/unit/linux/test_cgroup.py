@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trustme_init.errors import CompartmentRefusal
-from trustme_init.linux.cgroup import Cgroup, KernelControllers, parse_flat
+from trustme_init.linux.cgroup import Cgroup, KernelControllers, Limits, parse_flat
 
 
 def hierarchy(path: Path, controllers: str, enabled: str = "") -> Path:
@@ -20,13 +21,14 @@ def hierarchy(path: Path, controllers: str, enabled: str = "") -> Path:
 
 
 def test_the_required_controllers_are_delegated(tmp_path: Path) -> None:
-    KernelControllers().enable(hierarchy(tmp_path, "io memory pids\n"))
+    KernelControllers().enable(hierarchy(tmp_path, "hugetlb memory pids\n"))
     assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids"
 
 
 def test_row34_a_compartment_of_many_processes_competes_for_the_processor_as_one(tmp_path: Path) -> None:
-    KernelControllers().enable(hierarchy(tmp_path, "cpuset cpu io memory pids\n"))
-    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+    """Of the processor and of the disk alike; and where there is a cpuset, it can be kept to some."""
+    KernelControllers().enable(hierarchy(tmp_path, "cpuset cpu io memory pids rdma\n"))
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids +cpu +cpuset +io"
 
 
 def test_what_is_delegated_is_left_alone(tmp_path: Path) -> None:
@@ -54,15 +56,37 @@ def test_limits_are_written_and_swap_only_where_there_is_some(tmp_path: Path, *,
     names = ["memory.max", "memory.oom.group", "pids.max", *(["memory.swap.max"] if swap else [])]
     for name in names:
         (tmp_path / name).touch()
-    KernelControllers().limit(tmp_path, memory_max=1 << 28, pids_max=64)
+    KernelControllers().limit(tmp_path, Limits(1 << 28, 64))
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     wanted = {"memory.max": str(1 << 28), "memory.oom.group": "1", "pids.max": "64", "memory.swap.max": "0"}
     assert found == {name: wanted[name] for name in names}
 
 
+def test_processors_are_limited_where_the_configuration_says_so(tmp_path: Path) -> None:
+    for name in ("memory.max", "memory.oom.group", "pids.max", "cpu.max", "cpuset.cpus"):
+        (tmp_path / name).touch()
+    KernelControllers().limit(tmp_path, Limits(1 << 28, 64, cpus="0-1,3", cpu_percent=150))
+    assert (tmp_path / "cpu.max").read_text() == "150000 100000"
+    assert (tmp_path / "cpuset.cpus").read_text() == "0-1,3"
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"), [({"cpus": "0"}, "cpuset.cpus"), ({"cpu_percent": 5}, "cpu.max")]
+)
+def test_a_limit_without_its_controller_is_refused_by_name(
+    tmp_path: Path, limits: dict[str, Any], name: str
+) -> None:
+    for present in ("memory.max", "memory.oom.group", "pids.max"):
+        (tmp_path / present).touch()
+    with pytest.raises(CompartmentRefusal) as caught:
+        KernelControllers().limit(tmp_path, Limits(1, 1, **limits))
+    assert caught.value.code == "controller-missing"
+    assert caught.value.evidence.startswith(name)
+
+
 def test_a_limit_that_cannot_be_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompartmentRefusal) as caught:
-        KernelControllers().limit(tmp_path, memory_max=1, pids_max=1)
+        KernelControllers().limit(tmp_path, Limits(1, 1))
     assert caught.value.code == "limit-failed"
 
 

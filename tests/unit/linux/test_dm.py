@@ -49,10 +49,10 @@ def image(sparse: dict[int, str], size: int = 16384) -> bytes:
 
 def test_request_numbers_are_the_kernels() -> None:
     numbers = [
-        dm.DM_VERSION, dm.DM_DEV_CREATE, dm.DM_DEV_REMOVE, dm.DM_DEV_SUSPEND, dm.DM_DEV_STATUS,
-        dm.DM_TABLE_LOAD, dm.DM_TABLE_STATUS,
+        dm.DM_VERSION, dm.DM_LIST_DEVICES, dm.DM_DEV_CREATE, dm.DM_DEV_REMOVE, dm.DM_DEV_SUSPEND,
+        dm.DM_DEV_STATUS, dm.DM_TABLE_LOAD, dm.DM_TABLE_STATUS,
     ]  # fmt: skip
-    assert numbers == [0xC138FD00 | number for number in (0, 3, 4, 6, 7, 9, 12)]
+    assert numbers == [0xC138FD00 | number for number in (0, 2, 3, 4, 6, 7, 9, 12)]
 
 
 def test_golden_create() -> None:
@@ -75,6 +75,30 @@ def test_golden_reply() -> None:
     assert (reply.device, reply.open_count) == (os.makedev(253, 300), 1)
     assert reply.flags & dm.DM_READONLY_FLAG
     assert dm.unpack_targets(raw) == (dm.Target(0, 8, "linear", "1 7:1"), dm.Target(8, 8, "verity", "V"))
+
+
+def list_reply(*names: str) -> bytes:
+    """Lay out what the kernel answers to DM_LIST_DEVICES: struct dm_name_list, each 8-byte aligned."""
+    body = b""
+    for at, name in enumerate(names):
+        size = -(-(12 + len(name) + 1) // 8) * 8
+        following = size if at < len(names) - 1 else 0
+        body += (struct.pack("<QI", 0xFD00 + at, following) + name.encode()).ljust(size, b"\0")
+    head = image({0: "04", 16: "3801"}, 312)
+    return head[:12] + (312 + len(body)).to_bytes(4, "little") + head[16:] + body
+
+
+def test_the_list_of_names() -> None:
+    names = ["a", "trustme-x:integrity", "bb"]
+    assert dm.unpack_names(list_reply(*names)) == names
+    assert dm.unpack_names(list_reply()) == []
+
+
+@given(st.binary(min_size=60, max_size=60), st.integers(0, 60))
+def test_a_broken_list_never_reads_outside(noise: bytes, kept: int) -> None:
+    raw = list_reply("one", "two-and-more")[: 312 + kept] + noise[kept:]
+    with contextlib.suppress(OSError):
+        assert all(len(name) <= 4 * len(raw) for name in dm.unpack_names(raw))
 
 
 def test_no_salt_and_no_options() -> None:
@@ -128,10 +152,14 @@ class FakeMapper:
     fail_at: int = 0
     live_flags: int = dm.DM_ACTIVE_PRESENT_FLAG | dm.DM_READONLY_FLAG
     calls: list[tuple[int, int]] = field(default_factory=list)
+    buffers: list[bytearray] = field(default_factory=list)
+    seen: bytes = b""
 
     def ioctl(self, _fd: int, request: int, buffer: bytearray) -> int:
         flags = struct.unpack_from("<I", buffer, 28)[0]
         self.calls.append((request, flags))
+        self.buffers.append(buffer)
+        self.seen += bytes(buffer)
         if request == self.fail_at:
             raise OSError(errno.EINVAL, "Invalid argument")
         encoded = (self.device & 0xFF) | (os.major(self.device) << 8)
@@ -163,6 +191,22 @@ def test_a_mapping_is_created_loaded_and_resumed_read_only(mapper: FakeMapper, t
         (dm.DM_DEV_SUSPEND, dm.DM_READONLY_FLAG),
         (dm.DM_DEV_STATUS, 0),
     ]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("fail_at", [0, dm.DM_TABLE_LOAD])
+def test_row29_a_table_with_keys_is_marked_and_wiped(
+    mapper: FakeMapper, tmp_path: Path, fail_at: int
+) -> None:
+    os.mknod(tmp_path / "dm-5", 0o60600, mapper.device)
+    mapper.live_flags = dm.DM_ACTIVE_PRESENT_FLAG | dm.DM_SECURE_DATA_FLAG
+    mapper.fail_at = fail_at
+    target = dm.Target(0, 8, "crypt", "aes-xts-plain64 c0ffee 0 7:0 0")
+    with pytest.raises(OSError) if fail_at else contextlib.nullcontext():
+        dm.create("n", "u", target, secret=True, dev=tmp_path)
+    assert (dm.DM_TABLE_LOAD, dm.DM_SECURE_DATA_FLAG) in mapper.calls
+    assert b"c0ffee" in mapper.seen
+    assert not any(b"c0ffee" in buffer for buffer in mapper.buffers)
 
 
 @pytest.mark.parametrize("step", [dm.DM_TABLE_LOAD, dm.DM_DEV_SUSPEND, dm.DM_DEV_STATUS])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trustme_init.compartments.callfilter import RULES
+from trustme_init.compartments.strictcalls import HIGHEST, STRICT_DENIED, STRICT_RULES
 from trustme_init.linux.seccomp import Argument, Rule, program
 
 ALLOW = 0x7FFF0000
@@ -76,5 +78,28 @@ def test_row25_calls_of_another_architecture_do_not_exist(machine: str, arch: in
     assert run(code, ARCHITECTURES[machine], number | 0x40000000, (0,) * 6) == missing
 
 
-def test_no_call_has_two_rules() -> None:
-    assert len({rule.number for rule in RULES}) == len(RULES)
+@pytest.mark.parametrize("rules", [RULES, STRICT_RULES])
+def test_no_call_has_two_rules(rules: tuple[Rule, ...]) -> None:
+    assert len({rule.number for rule in rules}) == len(rules)
+
+
+@given(st.integers(0, 2**30 - 1))
+def test_row25_a_call_that_nobody_has_looked_at_does_not_exist(number: int) -> None:
+    code = program(STRICT_RULES, "x86_64", highest=HIGHEST)
+    answer = run(code, ARCHITECTURES["x86_64"], number, (0,) * 6)
+    assert (answer == 0x00050000 | errno.ENOSYS) == (number > HIGHEST)
+
+
+@pytest.mark.parametrize("name", STRICT_DENIED)
+def test_row25_calls_that_no_program_of_a_container_needs_are_refused(name: str) -> None:
+    code = program(STRICT_RULES, highest=HIGHEST)
+    arch = ARCHITECTURES[os.uname().machine]
+    assert run(code, arch, STRICT_DENIED[name], (0x0040000,) * 6) == 0x00050000 | errno.EPERM
+
+
+def test_what_programs_live_by_is_allowed() -> None:
+    code = program(STRICT_RULES, highest=HIGHEST)
+    arch = ARCHITECTURES[os.uname().machine]
+    known = {"clone3": 435, "close_range": 436, "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441}
+    assert {name for name, number in known.items() if run(code, arch, number, (0,) * 6) != ALLOW} == set()
+    assert run(code, arch, STRICT_DENIED["personality"], (0xFFFFFFFF, *[0] * 5)) == ALLOW

@@ -22,6 +22,7 @@ from tests.unit.tokens import kit
 from tests.unit.trust import pki
 from trustme_init import policy as policies
 from trustme_init.errors import Refusal, StorageRefusal
+from trustme_init.machine import Machine
 from trustme_init.provisioning import certstore, lifecycle
 from trustme_init.provisioning import history as history_module
 from trustme_init.provisioning.history import Entry, History, chain
@@ -153,7 +154,13 @@ def service(data: Path, mode: Mode, *, provisions_itself: bool = False) -> Provi
     )
     return ProvisioningService(
         Surroundings(
-            data, None, policy, pki.anchors(GUEST), ModeFact(mode, "", FROM_FILE), data / "measurements"
+            data,
+            None,
+            policy,
+            pki.anchors(GUEST),
+            ModeFact(mode, "", FROM_FILE),
+            data / "measurements",
+            Machine().volumes,
         )
     )
 

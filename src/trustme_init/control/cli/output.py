@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from trustme_init.control.sanitise import visible
 from trustme_init.proto.container_pb2 import ContainerState, ContainerTrust
-from trustme_init.proto.control_pb2 import AnchorPurpose
+from trustme_init.proto.control_pb2 import AnchorPurpose, GuestOSState
 from trustme_init.proto.control_pb2 import DaemonToController as Reply
 
 JSON_VERSION: Final = 1
@@ -152,36 +152,57 @@ def refusal(reply: Reply) -> str:
 
 
 def _containers(reply: Reply) -> str:
-    return table(
-        ("NAME", "STATE", "UPTIME", "GUESTOS", "TRUST", "UUID"),
+    shown = table(
+        ("NAME", "STATE", "UPTIME", "GUESTOS", "TRUST", "TOKEN", "UUID"),
         [
             (
                 status.name,
-                ContainerState.Name(status.state),
+                "BROKEN" if status.problem else ContainerState.Name(status.state),
                 _duration(status.uptime),
                 status.guestos,
-                ContainerTrust.Name(status.trust_level),
+                "" if status.problem else ContainerTrust.Name(status.trust_level),
+                status.token,
                 status.uuid,
             )
             for status in reply.container_status
         ],
     )
+    broken = [
+        f"  {visible(status.uuid)}: {visible(status.problem)}"
+        for status in reply.container_status
+        if status.problem
+    ]
+    return "\n".join([shown, *(("Not to be started:", *broken) if broken else ())])
 
 
 def _guestos(reply: Reply) -> str:
-    return table(
-        ("NAME", "VERSION", "HARDWARE", "IMAGES", "DESCRIPTION"),
-        [
+    configs = {(config.name, config.version): config for config in reply.guestos_configs}
+    states = {(state.name, state.version): state for state in reply.guestos_states}
+    rows = []
+    for key in dict.fromkeys([*states, *configs]):
+        config, state = configs.get(key), states.get(key)
+        rows.append(
             (
-                config.name,
-                str(config.version),
-                config.hardware,
-                str(len(config.mounts)),
-                config.description.en,
+                key[0],
+                str(key[1]),
+                _guestos_state(state),
+                f"{state.size / (1 << 20):.1f}" if state is not None and state.size else "",
+                config.hardware if config is not None else "",
+                str(len(config.mounts)) if config is not None else "",
+                config.description.en if config is not None else "",
             )
-            for config in reply.guestos_configs
-        ],
-    )
+        )
+    shown = table(("NAME", "VERSION", "STATE", "MIB", "HARDWARE", "IMAGES", "DESCRIPTION"), rows)
+    return f"{shown}\n{refusal(reply)}" if reply.HasField("refusal") else shown
+
+
+def _guestos_state(state: GuestOSState | None) -> str:
+    """Return a word; a device of the original says nothing but that it has them."""
+    if state is None:
+        return "installed"
+    if state.core:
+        return "core"
+    return f"NOT USED: {state.why_not}" if state.why_not else "installed"
 
 
 def _uuids(reply: Reply) -> str:
@@ -190,7 +211,8 @@ def _uuids(reply: Reply) -> str:
 
 def _configs(reply: Reply) -> str:
     if not reply.container_configs:
-        return "The device did not accept the configuration; its log says why (control retrieve_logs)."
+        sentence = "The device did not accept the configuration."
+        return f"{sentence}\n{refusal(reply)}" if reply.HasField("refusal") else sentence
     return "\n".join(as_text(config).rstrip("\n") for config in reply.container_configs)
 
 

@@ -75,7 +75,7 @@ class Session:
         while True:
             reply = self.client.receive()
             yield reply
-            if reply.code != Reply.EXEC_OUTPUT and not (
+            if reply.code not in {Reply.EXEC_OUTPUT, Reply.GUESTOS_PROGRESS} and not (
                 reply.code == Reply.RESPONSE
                 and reply.response in {Reply.GUESTOS_MGR_INSTALL_STARTED, Reply.GUESTOS_MGR_INSTALL_WAITING}
             ):

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Final
 
-from trustme_init.control.cli import lifecycle
+from trustme_init.control.cli import guestos, lifecycle
 from trustme_init.control.cli import provisioning as provision
 from trustme_init.control.cli.logs import retrieve_logs
+from trustme_init.control.cli.run import run
 from trustme_init.control.cli.session import LocalProblem, Session, ask_secrets, read_file
 from trustme_init.control.cli.verb import Argument, Run, Verb
 from trustme_init.proto.control_pb2 import AssignInterfaceParams, ContainerStartParams
 from trustme_init.proto.control_pb2 import ControllerToDaemon as Request
-from trustme_init.proto.control_pb2 import DaemonToController as Reply
 
 
 def _plain(command: Request.Command.ValueType) -> Run:
@@ -97,23 +96,6 @@ def _dev_access(session: Session, options: argparse.Namespace) -> int:
     )
 
 
-def _push_guestos(session: Session, options: argparse.Namespace) -> int:
-    request = Request(
-        command=Request.PUSH_GUESTOS_CONFIG,
-        guestos_config_file=read_file(options.config),
-        guestos_config_signature=read_file(options.signature),
-        guestos_config_certificate=read_file(options.certificate),
-    )
-    code = 0
-    for reply in session.replies_until_end(request):
-        code = session.show(reply)
-    return code
-
-
-def _remove_guestos(session: Session, options: argparse.Namespace) -> int:
-    return session.ask(Request(command=Request.REMOVE_GUESTOS, guestos_name=options.name))
-
-
 def _interface(command: Request.Command.ValueType) -> Run:
     def run(session: Session, options: argparse.Namespace) -> int:
         return session.ask(
@@ -127,29 +109,6 @@ def _interface(command: Request.Command.ValueType) -> Run:
         )
 
     return run
-
-
-def _run(session: Session, options: argparse.Namespace) -> int:
-    words: list[str] = options.words
-    pty = words[:1] != ["nopty"]
-    words = words if pty else words[1:]
-    if not words:
-        raise LocalProblem("no command to run")
-    request = Request(
-        command=Request.CONTAINER_EXEC_CMD,
-        container_uuids=[session.uuid_of(options.container)],
-        exec_command=words[0],
-        exec_args=words,
-        exec_pty=pty,
-    )
-    for reply in session.replies_until_end(request):
-        if reply.code == Reply.EXEC_OUTPUT:
-            # The program's own bytes, on purpose: whoever runs it wants its terminal output.
-            sys.stdout.buffer.write(reply.exec_output)
-            sys.stdout.buffer.flush()
-        elif reply.code != Reply.EXEC_END:
-            return session.show(reply)
-    return 0
 
 
 CONTAINER: Final = Argument("container", "name or UUID")
@@ -187,7 +146,7 @@ VERBS: Final = (
         _list,
         (Argument("--system-services", "system services too", {"action": "store_true"}, short="-s"),),
     ),
-    Verb("list_guestos", "GuestOSes on the device", _plain(Request.LIST_GUESTOS_CONFIGS)),
+    Verb("list_guestos", "GuestOSes on the device", _plain(Request.LIST_GUESTOS_CONFIGS), slow=True),
     Verb(
         "state",
         "state of one container, or of all",
@@ -200,22 +159,30 @@ VERBS: Final = (
         _on_container(Request.GET_CONTAINER_CONFIG),
         (CONTAINER,),
     ),
-    Verb("create", "create a container", _create, _TRIPLE),
-    Verb("update_config", "replace a container's configuration", _update_config, (CONTAINER, *_TRIPLE)),
+    Verb("create", "create a container", _create, _TRIPLE, slow=True),
+    Verb(
+        "update_config",
+        "replace a container's configuration; one that runs takes it at its next start",
+        _update_config,
+        (CONTAINER, *_TRIPLE),
+        slow=True,
+    ),
     Verb(
         "remove",
         "remove a container",
         _on_container(Request.REMOVE_CONTAINER),
         (CONTAINER,),
         destroys="the container and its data",
+        slow=True,
     ),
     Verb(
         "start",
         "start a container",
         _start_or_stop(Request.CONTAINER_START),
         (CONTAINER, _KEY, Argument("--setup", "start in setup mode", {"action": "store_true"})),
+        slow=True,
     ),
-    Verb("stop", "stop a container", _start_or_stop(Request.CONTAINER_STOP), (CONTAINER, _KEY)),
+    Verb("stop", "stop a container", _start_or_stop(Request.CONTAINER_STOP), (CONTAINER, _KEY), slow=True),
     Verb("freeze", "freeze a container", _on_container(Request.CONTAINER_FREEZE), (CONTAINER,)),
     Verb("unfreeze", "unfreeze a container", _on_container(Request.CONTAINER_UNFREEZE), (CONTAINER,)),
     Verb(
@@ -224,6 +191,7 @@ VERBS: Final = (
         _on_container(Request.CONTAINER_WIPE),
         (CONTAINER,),
         destroys="the container's data",
+        slow=True,
     ),
     Verb(
         "change_pin",
@@ -245,8 +213,8 @@ VERBS: Final = (
     Verb("ifaces", "interfaces of a container", _on_container(Request.CONTAINER_LIST_IFACES), (CONTAINER,)),
     Verb(
         "run",
-        "run a command in a container",
-        _run,
+        "run a command in a container; its exit status is this command's",
+        run,
         (
             CONTAINER,
             Argument(
@@ -258,11 +226,23 @@ VERBS: Final = (
     ),
     Verb(
         "push_guestos_config",
-        "install a signed GuestOS",
-        _push_guestos,
-        (_CONFIG, _SIGNATURE, _CERTIFICATE),
+        "install a signed GuestOS; the device fetches its images, or they are sent to it",
+        guestos.push,
+        (
+            _CONFIG,
+            _SIGNATURE,
+            _CERTIFICATE,
+            Argument("--stream", "send the images from here", {"type": Path, "metavar": "DIRECTORY"}),
+        ),
+        slow=True,
     ),
-    Verb("remove_guestos", "remove a GuestOS", _remove_guestos, (Argument("name", "GuestOS name"),)),
+    Verb(
+        "remove_guestos",
+        "remove every version of a GuestOS",
+        guestos.remove,
+        (Argument("name", "GuestOS name"),),
+        slow=True,
+    ),
     Verb(
         "verify_guestos",
         "whether the device would accept a GuestOS, and by whose word",
@@ -393,7 +373,7 @@ VERBS: Final = (
     Verb("get_provisioned", "whether provisioning was completed", _plain(Request.GET_PROVISIONED)),
     Verb("set_provisioned", "complete provisioning, for good", _plain(Request.SET_PROVISIONED), slow=True),
     Verb("device_stats", "disk and memory figures", _plain(Request.GET_DEVICE_STATS)),
-    Verb("reload", "read the containers' configurations again", _plain(Request.RELOAD_CONTAINERS)),
+    Verb("reload", "read the containers' configurations again", _plain(Request.RELOAD_CONTAINERS), slow=True),
     Verb("reboot", "reboot the device", _plain(Request.REBOOT_DEVICE), slow=True),
     Verb(
         "wipe_device",

@@ -11,7 +11,16 @@ from trustme_init.control.transport import Flush, Wait
 from trustme_init.errors import Refusal
 from trustme_init.proto.control_pb2 import ControllerToDaemon, DaemonToController
 
-Replies = Generator[DaemonToController | Flush | Wait, None, None]
+
+@dataclass(frozen=True, slots=True)
+class Converse:
+    """What `transport.Listen` is, with requests: `accept` is asked about those that the gate allows."""
+
+    start: Callable[[Callable[[], None]], None]
+    accept: Callable[[ControllerToDaemon], bool]
+
+
+Replies = Generator[DaemonToController | Flush | Wait | Converse, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,8 @@ class Context:
     request: ControllerToDaemon
     later: Callable[[DaemonToController], bool]
     """Sends a message after the answer has ended (an installation's outcome); False: nobody hears it."""
+    peer: Callable[[], int]
+    """Returns a pidfd of the process that connected, to be closed; ControlRefusal("caller-gone")."""
 
 
 Handler = Callable[[Context], Replies]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from trustme_init.control.handlers.ask import ask, failure
-from trustme_init.control.handlers.reply import Context, Replies, named_uuid, refused, response
-from trustme_init.errors import ControlRefusal, Refusal
+from trustme_init.control.handlers.reply import Context, Replies, response
+from trustme_init.errors import Refusal
 from trustme_init.proto.control_pb2 import DaemonToController, TokenStatus
 
 Code = DaemonToController
@@ -55,21 +55,6 @@ def change_device_pin(context: Context) -> Replies:
         yield response(Code.CONTAINER_CHANGE_PIN_SUCCESSFUL)
     else:
         yield failure(refusal, _code(refusal, Code.CONTAINER_CHANGE_PIN_FAILED))
-
-
-def change_container_pin(context: Context) -> Replies:
-    """CONTAINER_CHANGE_TOKEN_PIN (interop section 2.2): c0, the one container there is, has no token."""
-    uuid = named_uuid(context.request)
-    known = uuid is not None and context.state.container(uuid) is not None
-    yield refused(
-        ControlRefusal(
-            "container-without-token" if known else "container-unknown",
-            "this container has no token" if known else "there is no such container",
-            evidence=uuid if uuid is not None else "",
-            remedy="`control change_pin` without a container changes the device's token",
-        ),
-        Code.CONTAINER_CHANGE_PIN_FAILED,
-    )
 
 
 def _answered(context: Context, operation: str, **arguments: str | bytes) -> Replies:
