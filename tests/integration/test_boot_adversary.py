@@ -91,7 +91,7 @@ def test_a_manager_killed_at_any_stage_is_replaced_by_one_that_boots(
     [
         "trustme_init.storage.repartition:apply",
         "trustme_init.storage.volumes:move_mount",
-        "trustme_init.compartments.images:mount_image",
+        "trustme_init.compartments.hostside:mount_image",
         "trustme_init.compartments.start:_map_ids",
         "trustme_init.compartments.start:_check_alive",
         "trustme_init.compartments.lifecycle:Compartment._record",
