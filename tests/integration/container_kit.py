@@ -211,15 +211,19 @@ def resources(boot: Boot) -> dict[str, object]:
     """Return what a start takes and an end gives back, as it is now."""
     manager = boot.manager_pid()
     init = boot.init_pid()
-    cgroups = Path(f"/proc/{init}/root/sys/fs/cgroup").glob("trustme-sandbox-*/trustme/*")
+    cgroups = Path(f"/proc/{init}/root/sys/fs/cgroup").glob(f"{boot._cgroup}/trustme/*")
     return {
-        "descriptors of the manager": len(list(Path(f"/proc/{manager}/fd").iterdir())),
         "mounts": len(Path(f"/proc/{manager}/mountinfo").read_text().splitlines()),
         "processes": len([line for line in boot.processes().values() if "sandbox_init" not in line]),
         "cgroups": sorted(path.name for path in cgroups if path.is_dir()),
         "loop devices": sorted(_own_loops(boot)),
         "runtime directories": sorted(p.name for p in boot.path("/run/trustme/compartments").iterdir()),
     }
+
+
+def descriptors(boot: Boot) -> int:
+    """Return how many descriptors the manager has open; fewer when the vault has ended, being idle."""
+    return len(list(Path(f"/proc/{boot.manager_pid()}/fd").iterdir()))
 
 
 def _own_loops(boot: Boot) -> list[str]:

@@ -289,10 +289,11 @@ def test_twenty_starts_and_stops_leave_nothing(operator: Operator) -> None:
     uuid = operator.created(config("one", token="NONE"))
     operator.run(uuid)
     operator.halt(uuid)
-    before = kit.resources(operator.boot)
+    before, open_before = kit.resources(operator.boot), kit.descriptors(operator.boot)
     for _ in range(20):
         operator.run(uuid)
         operator.halt(uuid)
     kit.settle(
-        lambda: kit.resources(operator.boot) == before, lambda: f"{before}\n{kit.resources(operator.boot)}"
+        lambda: kit.resources(operator.boot) == before and kit.descriptors(operator.boot) <= open_before,
+        lambda: f"{before}, {open_before}\n{kit.resources(operator.boot)}, {kit.descriptors(operator.boot)}",
     )
