@@ -554,7 +554,7 @@ def refused(bench: Bench, spec: CompartmentSpec) -> Refusal:
         with bench.directory() as directory, pytest.raises(Refusal) as caught:
             compartment.start(directory)
         assert compartment.state is State.STOPPED
-        wait_for(lambda: not attached_loops(bench.work), 2)
+        wait_for(lambda: not attached_loops(bench.work), 30)
         assert vars(Traces(bench)) == before
     finally:
         bench.end(compartment)
