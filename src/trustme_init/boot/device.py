@@ -12,13 +12,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from trustme_init.boot.early import KernelMount, forbid_module_autoload, mount_kernel_filesystems
-from trustme_init.boot.fleet import Fleet
-from trustme_init.boot.fleet_guest import Around
-from trustme_init.boot.installation import Installations, Places
 from trustme_init.boot.report import RESULT_RUNNING, RESULT_STARTED
 from trustme_init.boot.stats import device_stats
 from trustme_init.compartments import lifecycle
@@ -44,6 +42,8 @@ from trustme_init.trust.selection import GuestOsId
 if TYPE_CHECKING:
     from trustme_init.boot.console import Console
     from trustme_init.boot.core import CoreFact
+    from trustme_init.boot.fleet import Fleet
+    from trustme_init.boot.installation import Installations
     from trustme_init.boot.report import BootReport
     from trustme_init.machine import Machine, NetworkBackend
     from trustme_init.policy import Policy
@@ -111,26 +111,8 @@ class Device:
         self._deadline: Timer | None = None
         self._outcome: str | None = None
         self._vault = Vault(self._loop, self._make_service)
-        self._installations = Installations(
-            self._loop,
-            self.vault,
-            Places(Layout(machine.data).home, machine.download_anchors, development=policy.development),
-            self.guestos_running,
-        )
         self._vault_log = ThrottledLog(console.note, "vault")
         self._dispatcher = Dispatcher(self, log=console.note)
-        fleet_log = ThrottledLog(console.note, "fleet")
-        self._fleet = Fleet(
-            Around(
-                loop=self._loop,
-                machine=machine,
-                dispatcher=self._dispatcher,
-                start_timeout=policy.container_start_timeout,
-                pids_max=policy.container_pids_max,
-                log=fleet_log,
-            ),
-            self.vault,
-        )
         self._rebooting = False
 
     # The two ways in: a first hand-off, or a restarted manager.
@@ -168,7 +150,7 @@ class Device:
             )
         self._serve_sockets(spec, config, self._mode_now())
         self._watch(compartment)
-        self._fleet.resume()
+        self.guests.resume()
 
     def _mode_now(self) -> ModeFact:
         """Decide the mode anew, as the stages do: what an earlier manager knew may have changed since."""
@@ -187,7 +169,7 @@ class Device:
         """Run until the device is to be rebooted; return REBOOT."""
         while self._outcome is None:
             self._loop.turn()
-        self._installations.close()
+        self.installations.close()
         self._vault.close()
         self._report.write(self._machine.report)
         return self._outcome
@@ -329,8 +311,8 @@ class Device:
         elif "device_uuid" in result:
             self._console.line(f"device {result['device_uuid']} is ready to be provisioned")
         if refusal is None:
-            self._installations.tidy()
-        self._fleet.begin()
+            self.installations.tidy()
+        self.guests.begin()
 
     def vault(self, operation: str, arguments: Mapping[str, str | bytes], done: Answered) -> None:
         """Have the vault do something; a completion changes the mode before anybody hears of it."""
@@ -392,7 +374,7 @@ class Device:
                 ram_limit=core.spec.memory_max // (1024 * 1024),
                 init_env=tuple(config.init_env),
             ),
-            *self._fleet.views(),
+            *self.guests.views(),
         )
 
     def container(self, uuid: str) -> ContainerView | None:
@@ -403,12 +385,23 @@ class Device:
         """Return the compartment of a container; None where none runs."""
         if self._core is not None and uuid == self._core.spec.uuid:
             return self._core
-        return self._fleet.compartment(uuid)
+        return self.guests.compartment(uuid)
 
-    @property
+    @cached_property
     def guests(self) -> Fleet:
-        """Return the containers beside the core."""
-        return self._fleet
+        """Return the containers beside the core. Imported here: the core starts without waiting for it."""
+        from trustme_init.boot.fleet import Fleet
+        from trustme_init.boot.fleet_guest import Around
+
+        around = Around(
+            loop=self._loop,
+            machine=self._machine,
+            dispatcher=self._dispatcher,
+            start_timeout=self._policy.container_start_timeout,
+            pids_max=self._policy.container_pids_max,
+            log=ThrottledLog(self._console.note, "fleet"),
+        )
+        return Fleet(around, self.vault)
 
     @property
     def loop(self) -> Loop:
@@ -420,14 +413,18 @@ class Device:
         """Return what moves interfaces."""
         return self._machine.network
 
-    @property
+    @cached_property
     def installations(self) -> Installations:
-        """Return what installs GuestOSes."""
-        return self._installations
+        """Return what installs GuestOSes; imported here, as `guests`."""
+        from trustme_init.boot.installation import Installations, Places
+
+        home, anchors = Layout(self._machine.data).home, self._machine.download_anchors
+        places = Places(home, anchors, development=self._policy.development)
+        return Installations(self._loop, self.vault, places, self.guestos_running)
 
     def guestos_running(self) -> Iterable[GuestOsId]:
         """Return the versions that guests run now; the core's is not in the store."""
-        return self._fleet.guestos_running()
+        return self.guests.guestos_running()
 
     def guestos_list(self) -> Sequence[GuestOsView]:
         """Return the GuestOSes that were verified in this boot."""
@@ -459,7 +456,7 @@ class Device:
             return
         self._rebooting = True
         self._console.line("reboot requested")
-        self._fleet.stop_all(self._stop_core)
+        self.guests.stop_all(self._stop_core)
 
     def _stop_core(self) -> None:
         core, service = self._core, self._service
