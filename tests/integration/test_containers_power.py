@@ -8,10 +8,11 @@ product.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.unit.trust import pki
 from trustme_init.compartments.volumes import OpenVolume, VolumeRequest
 from trustme_init.containers.keys import Surroundings
 from trustme_init.containers.operations import ContainerOperations
-from trustme_init.errors import Refusal
+from trustme_init.errors import DeviceRefusal, Refusal
 from trustme_init.guestos.store import SignedFiles
 from trustme_init.linux.files import write_atomic
 
@@ -240,6 +241,43 @@ def test_row33_the_key_is_durable_before_anybody_uses_it(home: Path, tmp_path: P
         cut += 1
         assert cut < 500
     assert uses
+
+
+def test_row20_what_will_run_is_measured_before_its_key_is_made_or_used(home: Path) -> None:
+    ops = operations(home)
+    ops.create(FIRST)
+    folder = home / "containers" / UUID
+    seen: list[tuple[str, str]] = []
+
+    def refuses(events: Iterable[tuple[str, str]]) -> None:
+        seen.extend(events)
+        assert not (folder / "used").exists()
+        raise DeviceRefusal("tpm-failed", "the TPM did not record it")
+
+    assert code(partial(dataclasses.replace(ops, measure=refuses).open, UUID, None)) == "tpm-failed"
+    assert not (folder / "used").exists()
+    assert not list(folder.glob("key.*")), "a key was made for what was not measured"
+    config_sha256 = hashlib.sha256(FIRST.config).hexdigest()
+    assert seen[0] == ("container", f"{UUID} {config_sha256}")
+    assert [name for name, _ in seen[1:]] == ["container-guestos", "container-image"]
+    ops.open(UUID, None)
+    assert (folder / "used").exists(), "this looks at the right place"
+
+
+def test_what_gyroidos_left_and_nobody_can_read_is_a_refusal_with_a_name(home: Path) -> None:
+    ops = operations(home)
+    ops.create(WITH_TOKEN)
+    left = home / "tokens" / f"{UUID}.p12"
+    left.parent.mkdir(exist_ok=True)
+    left.mkdir()
+    assert code(partial(ops.change_pin, UUID, "", PIN)) == "container-key-lost"
+    left.rmdir()
+    ops.change_pin(UUID, "", PIN)
+    key = home / "keys" / f"{UUID}.key"
+    key.parent.mkdir()
+    key.mkdir()
+    assert code(partial(ops.open, UUID, PIN)) == "container-key-lost"
+    assert not list((home / "containers" / UUID).glob("key.*")), "no other key is made in its place"
 
 
 def test_row32_what_a_ledger_knows_outlives_removal_and_a_damaged_one_stops_everything(home: Path) -> None:

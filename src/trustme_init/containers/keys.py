@@ -103,7 +103,7 @@ class Keys:
             raise _uninitialised(self._uuid)
         left = self._around.home / "tokens" / f"{self._uuid}.p12"
         if left.exists():
-            self._store.replace(_read(left, _P12_LIMIT), pin)
+            self._store.replace(self._left(left, _P12_LIMIT), pin)
             self._store.change_pin(pin, new_pin)
             return
         if pin not in ("", *((DEVELOPMENT_PIN,) if self._around.development else ())):
@@ -158,7 +158,7 @@ class Keys:
             if self._has(SEALED) or self._has(PLAIN):  # it had no token until now
                 key = self._unprotected()
             elif left.exists():
-                key = unwrap_gyroidos(opened, _read(left, WRAPPED_LIMIT))
+                key = unwrap_gyroidos(opened, self._left(left, WRAPPED_LIMIT))
                 prepare(key)
             else:
                 key = secrets.token_bytes(KEY_BYTES)
@@ -226,10 +226,14 @@ class Keys:
         return os.path.lexists(self._folder / name)
 
     def _read(self, name: str) -> bytes:
+        return self._left(self._folder / name, _FILE_LIMIT)
+
+    def _left(self, path: Path, limit: int) -> bytes:
+        """Read a file that is there, ours or what GyroidOS left; one that cannot be read is a loss."""
         try:
-            return _read(self._folder / name, _FILE_LIMIT)
+            return _read(path, limit)
         except OSError as exc:
-            raise self._lost(f"{name}: {exc.strerror}") from exc
+            raise self._lost(f"{path.name}: {exc.strerror}") from exc
 
     def _write(self, name: str, data: bytes) -> None:
         try:
