@@ -26,8 +26,8 @@ from tests.unit.tokens.kit import CANARY
 from trustme_init.errors import Refusal, TokenRefusal
 from trustme_init.tokens import kind, pkcs11_token, wrapping
 from trustme_init.tokens.pkcs11_token import Hardware, Pkcs11Token
-from trustme_init.tokens.place import ATTEMPTS_NAME, PKCS11, TOKEN_FILES
-from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStatus
+from trustme_init.tokens.place import ATTEMPTS_NAME, PKCS11, TOKEN_FILES, TokenStatus
+from trustme_init.tokens.store import DEVELOPMENT_PIN
 
 MODULE = Path("/usr/lib/softhsm/libsofthsm2.so")
 LIMIT = 10

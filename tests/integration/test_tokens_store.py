@@ -18,7 +18,8 @@ from tests.unit.tokens import kit
 from tests.unit.tokens.kit import CANARY, FEW, NOW, PIN
 from trustme_init.errors import TokenRefusal
 from trustme_init.tokens import pkcs12, softtoken
-from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStatus, TokenStore
+from trustme_init.tokens.place import TokenStatus
+from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStore
 
 LIMIT = 10
 NEW = "another PIN"

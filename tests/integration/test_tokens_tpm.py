@@ -43,7 +43,8 @@ from tests.integration.tpm_token_kit import (
 from tests.unit.tokens.kit import NOW, PIN
 from trustme_init.errors import DeviceRefusal, Refusal
 from trustme_init.tokens import kind, tpm_token, wrapping
-from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStatus, TokenStore
+from trustme_init.tokens.place import TokenStatus
+from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStore
 from trustme_init.tokens.tpm_token import TpmToken, authorisation
 from trustme_init.tpm import pin_key
 from trustme_init.tpm.connection import open_tpm, salted_session

@@ -23,7 +23,7 @@ from tests.integration.tpm_token_kit import (
     wrapped,
 )
 from tests.unit.tokens.kit import PIN
-from trustme_init.tokens.store import TokenStatus
+from trustme_init.tokens.place import TokenStatus
 from trustme_init.tokens.tpm_token import TpmToken
 
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from trustme_init.compartments.volumes import prefix
 from trustme_init.errors import StorageRefusal
-from trustme_init.linux.files import openat2, read_limited, write_atomic
+from trustme_init.linux.files import read_regular, write_atomic
 
 KEY_SIZE: Final = 96
 """Bytes: interop section 2.7, so that a key of the original can be imported."""
@@ -177,11 +177,7 @@ def _check_key(key: bytes) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        fd = openat2(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            return read_limited(fd, _LIMIT)
-        finally:
-            os.close(fd)
+        return read_regular(path, _LIMIT)
     except FileNotFoundError as exc:
         raise StorageRefusal(
             "volume-ledger-missing",

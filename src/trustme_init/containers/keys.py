@@ -34,7 +34,7 @@ from trustme_init.containers.config import Token
 from trustme_init.containers.ledger import unwritable
 from trustme_init.containers.records import FILE_MODE, KEY, TOKEN
 from trustme_init.errors import StorageRefusal, TokenRefusal
-from trustme_init.linux.files import openat2, read_limited, sync_directory, write_atomic
+from trustme_init.linux.files import read_regular, sync_directory, write_atomic
 from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStore
 from trustme_init.tokens.wrapping import GYROIDOS_KEY_BYTES, WRAPPED_LIMIT, unwrap, unwrap_gyroidos, wrap
 
@@ -231,7 +231,7 @@ class Keys:
     def _left(self, path: Path, limit: int) -> bytes:
         """Read a file that is there, ours or what GyroidOS left; one that cannot be read is a loss."""
         try:
-            return _read(path, limit)
+            return read_regular(path, limit)
         except OSError as exc:
             raise self._lost(f"{path.name}: {exc.strerror}") from exc
 
@@ -267,15 +267,6 @@ def _storage_key(tcti: str) -> Iterator[tuple[ESAPI, ESYS_TR]]:
 
     with open_tpm(tcti) as tpm:
         yield tpm, find_storage_key(tpm)
-
-
-def _read(path: Path, limit: int) -> bytes:
-    # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
-    fd = openat2(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return read_limited(fd, limit)
-    finally:
-        os.close(fd)
 
 
 def _unpaired(uuid: str) -> TokenRefusal:

@@ -18,7 +18,6 @@ that takes the volume's key, which is bound to the TPM.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from typing import Final
 from trustme_init.compartments.spec import UID_BASE, UID_COUNT
 from trustme_init.containers.config import SERIAL_LIMIT, UUID_PATTERN, JudgedConfig
 from trustme_init.errors import StorageRefusal, TrustRefusal
-from trustme_init.linux.files import openat2, read_limited, write_atomic
+from trustme_init.linux.files import read_regular, write_atomic
 
 FILE_NAME: Final = "containers.json"
 SLOT_LIMIT: Final = 1024
@@ -129,19 +128,13 @@ class Ledger:
 
     def _read(self) -> dict[str, Entry] | None:
         try:
-            fd = openat2(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            return _decode(read_regular(self._path, _FILE_LIMIT))
         except FileNotFoundError:
             return None
         except OSError as exc:
             raise _damaged(str(exc.strerror)) from exc
-        try:
-            return _decode(read_limited(fd, _FILE_LIMIT))
-        except OSError as exc:
-            raise _damaged(str(exc.strerror)) from exc
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise _damaged(type(exc).__name__) from exc
-        finally:
-            os.close(fd)
 
     def _write(self, entries: Mapping[str, Entry]) -> None:
         document = {

@@ -16,12 +16,10 @@ folder is a fault of that one container.
 from __future__ import annotations
 
 import base64
-import errno
 import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from trustme_init.containers.config import CONFIG_LIMIT, UUID_PATTERN
 from trustme_init.containers.ledger import SLOT_LIMIT, unwritable
 from trustme_init.errors import ControlRefusal, StorageRefusal
 from trustme_init.guestos.store import CERTIFICATE_LIMIT, SIGNATURE_LIMIT, SignedFiles
-from trustme_init.linux.files import openat2, read_limited, sync_directory, write_atomic
+from trustme_init.linux.files import read_regular, sync_directory, write_atomic
 
 DIRECTORY: Final = "containers"
 RECORD: Final = "record.json"
@@ -218,14 +216,7 @@ class Records:
     def _bytes(self, uuid: str, name: str, limit: int) -> bytes:
         path = self.folder(uuid) / name
         try:
-            # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
-            fd = openat2(path, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise OSError(errno.EINVAL, "not a regular file")
-                return read_limited(fd, limit)
-            finally:
-                os.close(fd)
+            return read_regular(path, limit)
         except OSError as exc:
             raise _damaged(uuid, f"{name}: {exc.strerror}") from exc
 

@@ -12,14 +12,13 @@ record 0010).
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from trustme_init.errors import StorageRefusal, TrustRefusal
 from trustme_init.guestos.store import unwritable
-from trustme_init.linux.files import openat2, read_limited, write_atomic
+from trustme_init.linux.files import read_regular, write_atomic
 from trustme_init.trust.selection import NAME_PATTERN, VERSION_LIMIT, GuestOsId
 
 FILE: Final = "guestos_floors.json"
@@ -49,19 +48,13 @@ class Floors:
     def load(self) -> dict[str, Floor]:
         """Return every floor by name; none before the first installation."""
         try:
-            fd = openat2(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            return _parsed(json.loads(read_regular(self._path, _FILE_LIMIT)))
         except FileNotFoundError:
             return {}
         except OSError as exc:
             raise _damaged(str(exc.strerror)) from exc
-        try:
-            return _parsed(json.loads(read_limited(fd, _FILE_LIMIT)))
-        except OSError as exc:
-            raise _damaged(str(exc.strerror)) from exc
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise _damaged(type(exc).__name__) from exc
-        finally:
-            os.close(fd)
 
     def require(self, guest_os: GuestOsId, config_sha256: str) -> None:
         """Refuse a version below the floor, and another content at it.

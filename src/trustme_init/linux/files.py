@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from trustme_init.linux.syscalls import SYS_openat2, libc, syscall
@@ -83,6 +84,21 @@ def read_limited(fd: int, limit: int) -> bytes:
         parts.append(part)
         left -= len(part)
     raise OSError(errno.EFBIG, f"larger than {limit} bytes", f"fd {fd}")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file that no symbolic link leads to, at most `limit` bytes.
+
+    Raises OSError: EINVAL for anything but a regular file, and as `openat2` and `read_limited`.
+    """
+    # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
+    fd = openat2(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return read_limited(fd, limit)
+    finally:
+        os.close(fd)
 
 
 def write_atomic(path: Path, data: bytes, mode: int) -> None:

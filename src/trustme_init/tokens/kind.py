@@ -18,7 +18,8 @@ from typing import Protocol
 from trustme_init.errors import DeviceRefusal, TokenRefusal
 from trustme_init.tokens import place, wrapping
 from trustme_init.tokens.pkcs11_token import Hardware, Pkcs11Token
-from trustme_init.tokens.store import TokenStatus, TokenStore
+from trustme_init.tokens.place import TokenStatus
+from trustme_init.tokens.store import TokenStore
 from trustme_init.tokens.tpm_token import TpmToken
 from trustme_init.tokens.wrapping import OpenToken
 

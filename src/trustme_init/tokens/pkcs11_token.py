@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from trustme_init.errors import DeviceRefusal, Refusal, TokenRefusal
-from trustme_init.tokens.place import PKCS11, TOKEN_FILES, TokenPlace
+from trustme_init.tokens.place import PKCS11, TOKEN_FILES, TokenPlace, TokenStatus
 from trustme_init.tokens.softtoken import check_new_pin, is_text
-from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStatus
+from trustme_init.tokens.store import DEVELOPMENT_PIN
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -90,21 +90,7 @@ class Pkcs11Token(TokenPlace):
 
     def status(self) -> TokenStatus:
         """Return what is known without asking the hardware; a damaged file is a fault in it."""
-        fault, kept = None, None
-        try:
-            kept = self._load()
-        except TokenRefusal as refusal:
-            fault = refusal.code
-        tries_left, attempts_fault = self._tries_left()
-        if fault == "token-missing":
-            return TokenStatus("none", tries_left, self._limit, fault=attempts_fault)
-        return TokenStatus(
-            PKCS11,
-            tries_left,
-            self._limit,
-            default_pin=kept.default_pin if kept else None,
-            fault=attempts_fault or fault,
-        )
+        return self._status(PKCS11, lambda: self._load().default_pin)
 
     def create(self, pin: str, *, common_name: str, now: datetime | None = None) -> None:  # noqa: ARG002
         """Make a key pair in the hardware, with its present user PIN; durable on return.

@@ -13,10 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from trustme_init.errors import TokenRefusal
 from trustme_init.linux.files import openat2, read_limited, sync_directory, write_atomic
@@ -31,6 +32,27 @@ ATTEMPTS_NAME: Final = "attempts.json"
 
 _MODE: Final = 0o600
 _DIRECTORY_MODE: Final = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatus:
+    """What can be said about the device's token without its PIN."""
+
+    kind: str
+    """One of `place.TOKEN_FILES`, or "none"."""
+    tries_left: int
+    limit: int
+    certificate_sha256: str | None = None
+    """Hex; None where the file hides its certificate or cannot be read. Not verified: that takes the PIN."""
+    rounds: int | None = None
+    default_pin: bool | None = None
+    """None: not known."""
+    fault: str | None = None
+    """Code of the refusal that meets whoever uses the token."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form of status replies."""
+        return asdict(self)
 
 
 class TokenPlace:
@@ -59,6 +81,18 @@ class TokenPlace:
             except OSError as exc:
                 raise not_stored(self._directory, exc) from exc
             yield
+
+    def _status(self, kind: str, default_pin: Callable[[], bool | None]) -> TokenStatus:
+        """Return the status of a token that shows nothing but whether it has the published PIN."""
+        fault = known = None
+        try:
+            known = default_pin()
+        except TokenRefusal as refusal:
+            fault = refusal.code
+        tries_left, attempts_fault = self._tries_left()
+        if fault == "token-missing":
+            return TokenStatus("none", tries_left, self._limit, fault=attempts_fault)
+        return TokenStatus(kind, tries_left, self._limit, default_pin=known, fault=attempts_fault or fault)
 
     def _tries_left(self) -> tuple[int, str | None]:
         """Return the tries that are left, and the code of what there is to say about them."""

@@ -21,15 +21,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from trustme_init.errors import TokenRefusal
 from trustme_init.linux.files import openat2, read_limited
 from trustme_init.tokens import softtoken
-from trustme_init.tokens.place import SOFTTOKEN, TOKEN_FILES, TokenPlace
+from trustme_init.tokens.place import SOFTTOKEN, TOKEN_FILES, TokenPlace, TokenStatus
 from trustme_init.tokens.softtoken import Token
 
 TOKEN_NAME: Final = TOKEN_FILES[SOFTTOKEN]
@@ -39,27 +38,6 @@ DEVELOPMENT_PIN: Final = "trustme"
 
 _VERSION: Final = 1
 _RECORD_LIMIT: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class TokenStatus:
-    """What can be said about the device's token without its PIN."""
-
-    kind: str
-    """One of `place.TOKEN_FILES`, or "none"."""
-    tries_left: int
-    limit: int
-    certificate_sha256: str | None = None
-    """Hex; None where the file hides its certificate or cannot be read. Not verified: that takes the PIN."""
-    rounds: int | None = None
-    default_pin: bool | None = None
-    """None: not known."""
-    fault: str | None = None
-    """Code of the refusal that meets whoever uses the token."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the form of status replies."""
-        return asdict(self)
 
 
 class TokenStore(TokenPlace):

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from trustme_init.errors import TokenRefusal
-from trustme_init.tokens.place import TOKEN_FILES, TPM, TokenPlace
+from trustme_init.tokens.place import TOKEN_FILES, TPM, TokenPlace, TokenStatus
 from trustme_init.tokens.softtoken import check_new_pin
-from trustme_init.tokens.store import DEVELOPMENT_PIN, TokenStatus
+from trustme_init.tokens.store import DEVELOPMENT_PIN
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -74,21 +74,7 @@ class TpmToken(TokenPlace):
 
     def status(self) -> TokenStatus:
         """Return what is known without asking the TPM; a damaged file is a fault in it."""
-        fault, kept = None, None
-        try:
-            kept = self._load()
-        except TokenRefusal as refusal:
-            fault = refusal.code
-        tries_left, attempts_fault = self._tries_left()
-        if fault == "token-missing":
-            return TokenStatus("none", tries_left, self._limit, fault=attempts_fault)
-        return TokenStatus(
-            TPM,
-            tries_left,
-            self._limit,
-            default_pin=kept.default_pin if kept else None,
-            fault=attempts_fault or fault,
-        )
+        return self._status(TPM, lambda: self._load().default_pin)
 
     def create(self, pin: str, *, common_name: str = "", now: datetime | None = None) -> None:  # noqa: ARG002
         """Make the token; it is durable on return. It has no certificate, so no name and no date.

@@ -141,3 +141,21 @@ def test_statfs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         files.statfs("/does/not/exist")
     assert caught.value.filename == "/does/not/exist"
+
+
+def test_only_a_regular_file_of_its_own_is_read(tmp_path: Path) -> None:
+    plain, link, pipe = tmp_path / "plain", tmp_path / "link", tmp_path / "pipe"
+    plain.write_bytes(b"12345")
+    link.symlink_to(plain)
+    os.mkfifo(pipe)
+    assert files.read_regular(plain, 5) == b"12345"
+    for path, limit, expected in (
+        (plain, 4, errno.EFBIG),
+        (link, 5, errno.ELOOP),
+        (pipe, 5, errno.EINVAL),
+        (tmp_path, 5, errno.EINVAL),
+        (tmp_path / "none", 5, errno.ENOENT),
+    ):
+        with pytest.raises(OSError) as caught:
+            files.read_regular(path, limit)
+        assert caught.value.errno == expected, path
