@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Rig:
         places = Places(self.home, directory / "ca.pem", development=False)
         self.installations = Installations(self.loop, self._ask, places, lambda: self.running)
         self._descriptors = self._open()
+        self._children = children()
 
     def _ask(self, operation: str, arguments: Mapping[str, str | bytes], done: Answered) -> None:
         self.asked.append(operation)
@@ -113,7 +115,7 @@ class Rig:
     def finish(self, *pushes: Push) -> None:
         """Wait until the pushes have ended, and their processes, and what follows."""
         self.until(lambda: all(push.over for push in pushes))
-        self.until(lambda: not children() and self._open() == self._descriptors)
+        self.until(lambda: children() <= self._children and self._open() == self._descriptors)
 
     def install(self, made: kit.Made) -> Push:
         push = self.push(made)
@@ -150,8 +152,9 @@ class Rig:
         return watched._worker.pid
 
 
-def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+def children() -> set[int]:
+    """Return our child processes; tests of other modules may have left some."""
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
 
 @pytest.fixture
@@ -159,7 +162,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     rig = Rig(tmp_path)
     yield rig
     rig.installations.close()
-    rig.until(lambda: not children())
+    rig.until(lambda: children() <= rig._children)
     rig.loop.close()
 
 
@@ -398,7 +401,7 @@ def test_closing_ends_the_worker_and_frees_everything(rig: Rig) -> None:
     push = rig.push(kit.make(1), streamed=True)
     rig.until(lambda: push.plain == ["InstallStarted"])
     rig.installations.close()
-    rig.until(lambda: not children() and Rig._open() == rig._descriptors)
+    rig.until(lambda: children() <= rig._children and Rig._open() == rig._descriptors)
     assert not push.over
 
 
@@ -528,11 +531,11 @@ serve_forever(Files(), Path({str(rig.root / "server.pem")!r}), say)
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
     )
     assert server.stdout is not None
+    url = server.stdout.readline().strip()
+    inside = int(Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()[0])
     try:
-        url = server.stdout.readline().strip()
         made = kit.make(1, base_url=url)
         made.serve(rig.root)
-        inside = int(Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()[0])
         push = rig.push(made, caller=os.pidfd_open(inside))
         rig.until(lambda: push.over)
         assert push.plain == DONE
@@ -543,6 +546,9 @@ serve_forever(Files(), Path({str(rig.root / "server.pem")!r}), say)
         server.kill()
         server.wait()
         server.stdout.close()
+        # Ours by now where an earlier test has made this process a subreaper.
+        with suppress(ChildProcessError):
+            os.waitpid(inside, 0)
 
 
 # Over the control socket of a booted device, from inside its core container
